@@ -1,0 +1,186 @@
+"""Which sequences run in the next step, in plain Python.
+
+Scheduling is iteration-level (Yu et al. 2022, "Orca"): the batch is chosen anew at every step.
+Running sequences are kept in order of arrival, and every waiting one arrived later, or was
+preempted from behind them; so the oldest request always makes progress.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.sequence import Sequence, Status
+
+POLICIES = ("prefill_first", "mixed")
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """``num_tokens`` pending tokens of ``seq`` run in this step."""
+
+    seq: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the last known token, so that the next one can be chosen."""
+        return self.num_tokens == self.seq.num_pending
+
+
+@dataclass
+class Step:
+    """What one step runs, and who lost their blocks for it."""
+
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill and preemption by recompute.
+
+    max_num_seqs: the most sequences that hold blocks at a time. max_num_batched_tokens: the most
+    tokens in a step; a longer prompt is prefilled in chunks.
+    policy: ``prefill_first`` runs prompts whenever one can be admitted, else all decodes;
+    ``mixed`` runs all decodes and fills the rest of the step with prompt chunks.
+    """
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: str = "prefill_first",
+    ) -> None:
+        if max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs={max_num_seqs} must be at least 1")
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={max_num_batched_tokens} is less than "
+                f"max_num_seqs={max_num_seqs}, whose decodes would not fit into one step; "
+                "raise the first or lower the second"
+            )
+        if policy not in POLICIES:
+            raise ValueError(f"policy={policy!r} must be one of {POLICIES}")
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.policy = policy
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence behind all others."""
+        self.waiting.append(seq)
+
+    def schedule(self) -> Step:
+        """Choose the next step. Empty only when no sequence is left."""
+        step = Step()
+        if self.policy == "mixed":
+            self._schedule_decodes(step)
+            self._schedule_prefills(step)
+        else:
+            self._schedule_prefills(step)
+            if not step.scheduled:
+                self._schedule_decodes(step)
+        assert step.scheduled or not self.has_unfinished, "no progress"
+        return step
+
+    def commit(self, step: Step, token_ids: list[int]) -> list[Sequence]:
+        """Record that ``step`` ran.
+
+        token_ids: the new token of every scheduled sequence that samples, in order.
+        Returns the sequences that got a token; the finished ones have given back their blocks.
+        """
+        tokens = iter(token_ids)
+        advanced = []
+        for item in step.scheduled:
+            seq, samples = item.seq, item.samples
+            seq.num_computed += item.num_tokens
+            if samples:
+                seq.append(next(tokens))
+                advanced.append(seq)
+                if seq.finished:
+                    self._drop(seq)
+        return advanced
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """End a sequence wherever it stands, and give back its blocks."""
+        if seq.status is Status.RUNNING:
+            self._drop(seq)
+        elif seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+        seq.finish(reason)
+
+    def recover(self) -> None:
+        """After a step that failed: recompute everything that ran, and trust no cached block."""
+        while self.running:
+            self._preempt(self.running[-1], Step())
+        self.block_manager.forget_all()
+
+    def _schedule_decodes(self, step: Step) -> None:
+        """Every decoding sequence runs one token, oldest first; the newest make room."""
+        index = 0
+        while index < len(self.running):
+            seq = self.running[index]
+            if seq.num_pending > 1:
+                index += 1
+                continue
+            while not self.block_manager.grow(seq, len(seq)):
+                victim = self.running[-1]
+                self._preempt(victim, step)
+                if victim is seq:
+                    break
+            else:
+                self._schedule(seq, 1, step)
+                index += 1
+
+    def _schedule_prefills(self, step: Step) -> None:
+        """Chunks of prompts that are under way, then new ones in order of arrival."""
+        budget = self.max_num_batched_tokens - step.num_tokens
+        for seq in self.running:
+            if seq.num_pending > 1 and budget > 0:
+                budget -= self._schedule(seq, budget, step)
+        # Whoever was just preempted would take back the blocks that it made room with.
+        while self.waiting and budget > 0 and not step.preempted:
+            seq = self.waiting[0]
+            if len(self.running) >= self.max_num_seqs:
+                break
+            # One block in a hundred stays free for those that run, lest they preempt at once.
+            spare = -(-self.block_manager.num_blocks // 100) if self.running else 0
+            if not self.block_manager.admit(seq, spare=spare):
+                break
+            self.waiting.popleft()
+            seq.status = Status.RUNNING
+            self.running.append(seq)
+            budget -= self._schedule(seq, budget, step)
+
+    def _schedule(self, seq: Sequence, budget: int, step: Step) -> int:
+        """Run as many pending tokens of ``seq`` as the budget allows; returns how many."""
+        count = min(seq.num_pending, budget)
+        step.scheduled.append(ScheduledSequence(seq, count))
+        # Now, so that the next prompt of this very step finds the blocks that this one fills.
+        self.block_manager.cache_full_blocks(seq, seq.num_computed + count)
+        return count
+
+    def _preempt(self, victim: Sequence, step: Step) -> None:
+        """Take all blocks of ``victim`` and put it first in the queue; it recomputes later."""
+        self._drop(victim)
+        victim.status = Status.WAITING
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(victim)
+        step.preempted.append(victim)
+
+    def _drop(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.block_manager.release(seq)
