@@ -1,1 +1,30 @@
-"""minivllm."""
+"""minivllm: an LLM inference engine built chapter by chapter.
+
+``LLM`` and ``SamplingParams`` are imported when they are first used, so that importing this package
+costs nothing, and so that it works cut off after any chapter.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minivllm.engine.llm_engine import LLMEngine
+    from minivllm.engine.outputs import RequestOutput
+    from minivllm.engine.sampling_params import SamplingParams
+    from minivllm.llm import LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "LLMEngine", "RequestOutput", "SamplingParams"]
+
+_HOMES = {
+    "LLM": "minivllm.llm",
+    "LLMEngine": "minivllm.engine.llm_engine",
+    "RequestOutput": "minivllm.engine.outputs",
+    "SamplingParams": "minivllm.engine.sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass, field
 
+# Below, dividing the logits by it could overflow; the result is the likeliest token anyway.
+SMALLEST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -53,7 +56,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        return self.temperature == 0
+        return self.temperature < SMALLEST_TEMPERATURE
 
 
 def _number(

@@ -26,6 +26,11 @@ class ScheduledSequence:
         """Whether the step reaches the last known token, so that the next one can be chosen."""
         return self.num_tokens == self.seq.num_pending
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it only turns the newest generated token into the next one."""
+        return self.seq.num_pending == 1 and self.seq.num_output_tokens > 0
+
 
 @dataclass
 class Step:

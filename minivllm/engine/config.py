@@ -1,0 +1,130 @@
+"""The engine's settings, checked once."""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minivllm.engine.scheduler import POLICIES
+from minivllm.models.config import DTYPES
+
+ATTENTION_BACKENDS = ("auto", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine; the defaults serve from a laptop to a large GPU.
+
+    model: None for the embedded model, a Hugging Face folder, or a name on the hub.
+    tokenizer: another folder or name for the tokenizer; skip_tokenizer_init: run without one, on
+    token ids only.
+    max_model_len: the most tokens of a request, prompt included; None is the model's own limit.
+    max_num_seqs, max_num_batched_tokens: the most sequences and tokens in a step.
+    policy: ``prefill_first`` (throughput) or ``mixed`` (prompts in chunks beside the decodes).
+    block_size: tokens a KV block, a power of two from 16 to 256. num_kv_blocks: size of the pool;
+    None is as many as fit into ``gpu_memory_utilization``, the fraction of the GPU's memory that
+    this engine may fill (on a CPU: of a quarter of the memory that is available).
+    enable_prefix_caching: share blocks between equal prefixes.
+    enforce_eager: never capture CUDA graphs.
+    tensor_parallel_size: GPUs to run on.
+    dtype: ``auto`` (the checkpoint's on a GPU, float32 on a CPU), ``float32``, ``float16`` or
+    ``bfloat16``. device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    attention_backend: ``auto`` is the best for the device; ``torch`` runs everywhere.
+    seed: what the seeds of requests without one are drawn from.
+    """
+
+    model: str | Path | None = None
+    tokenizer: str | Path | None = None
+    skip_tokenizer_init: bool = False
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    policy: str = "prefill_first"
+    block_size: int = 64
+    num_kv_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    attention_backend: str = "auto"
+    seed: int = 0
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> "EngineConfig":
+        """Build from keyword arguments; ValueError for one that does not exist."""
+        known = [field.name for field in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                raise ValueError(f"unknown argument {name}={keywords[name]!r}; {remedy}")
+        return cls(**keywords)
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
+            self._check_positive(name)
+        for name in ("max_model_len", "num_kv_blocks"):
+            if getattr(self, name) is not None:
+                self._check_positive(name)
+        self._check_choice("policy", POLICIES)
+        self._check_choice("block_size", (16, 32, 64, 128, 256))
+        self._check_choice("dtype", ("auto", *DTYPES))
+        self._check_choice("attention_backend", ATTENTION_BACKENDS)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and at "
+                "most 1: the fraction of the GPU's memory that this engine may fill"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than "
+                f"max_num_seqs={self.max_num_seqs}, whose decodes would not fit into one step; "
+                "raise the first or lower the second"
+            )
+        if self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} is not supported: this engine "
+                "runs on one device; leave it at 1"
+            )
+
+    def resolve_device(self) -> torch.device:
+        """The device to run on; ValueError if it is not there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device={self.device!r} must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device={self.device!r}: PyTorch sees no CUDA device here; use device='cpu', or "
+                "install a driver and a CUDA build of PyTorch"
+            )
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={self.device!r}: there are only {torch.cuda.device_count()} CUDA devices"
+            )
+        return device
+
+    def resolve_dtype(self, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
+        """The dtype of weights, computation and KV cache."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        # CPUs emulate 16-bit arithmetic, if they have it at all, slower than they run float32.
+        return torch.float32 if device.type == "cpu" else checkpoint
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+
+    def _check_choice(self, name: str, choices: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, choices))}")

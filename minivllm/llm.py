@@ -1,0 +1,213 @@
+"""The offline interface: hand over prompts, get texts back, in the order of the prompts."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from minivllm.engine.llm_engine import LLMEngine, Prompt
+from minivllm.engine.outputs import EngineStats, RequestOutput
+from minivllm.engine.sampling_params import SamplingParams
+
+Message = dict[str, str]
+
+
+class LLM:
+    """A model that is ready to generate.
+
+    model: a Hugging Face folder, a name on the hub, or None for the embedded model; all other
+    settings as in :class:`minivllm.engine.config.EngineConfig`. Use it as a context manager, or
+    call :meth:`shutdown`, to free its memory at a definite time.
+    """
+
+    def __init__(self, model: Any = None, **settings: Any) -> None:
+        self.engine = LLMEngine(model=model, **settings)
+        self._request_ids = map(str, itertools.count())
+        # Outputs that a step brought for a request which somebody else is following.
+        self._mail: dict[str, deque[RequestOutput]] = {}
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; the outputs come in the order of the prompts.
+
+        prompts: one or many, each a text, a list of token ids, or a dict with ``prompt`` or
+        ``prompt_token_ids``. sampling_params: one for all, or one for each. use_tqdm: show a
+        progress bar. Raises ValueError, before any prompt runs, if one of them cannot be served.
+        """
+        every = _as_list(prompts)
+        params = self._params_for(every, sampling_params)
+        checked = [
+            self.engine.check_request(prompt, each)
+            for prompt, each in zip(every, params, strict=True)
+        ]
+        return self._run(checked, params, use_tqdm=use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many.
+
+        messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of such lists. template:
+        further arguments of the tokenizer's chat template, such as ``enable_thinking=False``.
+        """
+        many = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self.apply_chat_template(conversation, **template) for conversation in many]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Complete one prompt, or answer one conversation, while it is written.
+
+        Yields the request at every new token, its text complete so far. Leaving the loop early
+        aborts the request.
+        """
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+            prompt = self.apply_chat_template(prompt)
+        params = sampling_params or SamplingParams()
+        # Now, so that a prompt that is no good is refused here and not in the caller's loop.
+        text, token_ids = self.engine.check_request(prompt, params)
+        return self._follow({"prompt": text, "prompt_token_ids": token_ids}, params)
+
+    def apply_chat_template(self, messages: Sequence[Message], **template: Any) -> Prompt:
+        """The prompt that the model's chat template makes of a conversation."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise ValueError("chat needs a tokenizer, but skip_tokenizer_init=True")
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("this model's tokenizer has no chat template; use generate instead")
+        for message in messages or [None]:
+            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+                raise ValueError(
+                    f"message {message!r} must be a dict with the keys 'role' and 'content'"
+                )
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **template
+        )
+        # The template has written every special token already; encode must not add its own.
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": token_ids}
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine has done so far."""
+        return self.engine.stats
+
+    def shutdown(self) -> None:
+        """Free the model and the KV cache."""
+        self.engine.shutdown()
+
+    def _params_for(
+        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(
+                f"sampling_params has {len(params)} entries for {len(prompts)} prompts; give one "
+                "for all, or one for each"
+            )
+        return list(params)
+
+    def _run(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        params: list[SamplingParams],
+        *,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        request_ids: list[str] = []
+        finished: list[RequestOutput | None] = [None] * len(prompts)
+        try:
+            for (text, token_ids), each in zip(prompts, params, strict=True):
+                prompt = {"prompt": text, "prompt_token_ids": token_ids}
+                request_ids.append(self._add(prompt, each, stream=False))
+            with _progress_bar(len(prompts), enabled=use_tqdm) as bar:
+                while None in finished:
+                    self._step()
+                    before = finished.count(None)
+                    for place, request_id in enumerate(request_ids):
+                        if self._mail[request_id]:
+                            finished[place] = self._mail[request_id].popleft()
+                    if use_tqdm:
+                        _show(bar, before - finished.count(None), self.engine.stats)
+        finally:
+            # Interrupted: what has not finished must not go on holding blocks.
+            for request_id in request_ids:
+                self._drop(request_id)
+        return [output for output in finished if output is not None]
+
+    def _follow(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
+        request_id = self._add(prompt, params, stream=True)
+        try:
+            while True:
+                while self._mail[request_id]:
+                    output = self._mail[request_id].popleft()
+                    yield output
+                    if output.finished:
+                        return
+                self._step()
+        finally:
+            self._drop(request_id)
+
+    def _add(self, prompt: Prompt, params: SamplingParams, *, stream: bool) -> str:
+        request_id = next(self._request_ids)
+        self.engine.add_request(request_id, prompt, params, stream=stream)
+        self._mail[request_id] = deque()
+        return request_id
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            self._mail[output.request_id].append(output)
+
+    def _drop(self, request_id: str) -> None:
+        self.engine.abort_request(request_id)
+        del self._mail[request_id]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many: a list of integers is one, made of tokens."""
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    every = list(prompts)
+    if every and all(isinstance(item, int) for item in every):
+        return [every]
+    return every
+
+
+def _progress_bar(total: int, *, enabled: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="generating", unit="req", disable=not enabled)
+
+
+def _show(bar: Any, count: int, stats: EngineStats) -> None:
+    bar.set_postfix_str(
+        f"prefill {stats.prefill_rate:,.0f} tok/s, decode {stats.decode_rate:,.0f} tok/s",
+        refresh=False,
+    )
+    bar.update(count)

@@ -1,0 +1,44 @@
+"""Where a model's files are: the embedded one, a local folder, or the Hugging Face hub."""
+
+from pathlib import Path
+
+EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "tiny_qwen3"
+
+WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+
+
+def model_folder(model: str | Path | None) -> Path:
+    """The folder that holds ``model``.
+
+    model: None for the model that comes with this package, the path of a Hugging Face folder, or a
+    name on the hub such as ``Qwen/Qwen3-0.6B``, which is fetched unless it is in the local cache.
+    Raises ValueError, in one line, if there is no such model or no way to fetch it.
+    """
+    if model is None:
+        return EMBEDDED_MODEL
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(model)
+    looks_like_a_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if looks_like_a_path:
+        raise ValueError(
+            f"model={name!r}: no such folder; give the path of a Hugging Face model folder, a hub "
+            "name such as 'Qwen/Qwen3-0.6B', or no model at all for the embedded one"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        pass
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED_FILES))
+    except Exception as error:
+        # Whatever went wrong between here and the hub, the user can do one of two things.
+        reason = type(error).__name__
+        raise ValueError(
+            f"model={name!r} is neither in the local cache nor can it be fetched ({reason}); "
+            "check the name and the network, or give the path of a local folder"
+        ) from None
