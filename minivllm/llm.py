@@ -182,7 +182,9 @@ class LLM:
 
     def _step(self) -> None:
         for output in self.engine.step():
-            self._mail[output.request_id].append(output)
+            # Requests that somebody added to the engine directly have no box here.
+            if output.request_id in self._mail:
+                self._mail[output.request_id].append(output)
 
     def _drop(self, request_id: str) -> None:
         self.engine.abort_request(request_id)
