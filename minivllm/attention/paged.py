@@ -7,23 +7,18 @@ token t lies in block ``table[t // S]`` at offset ``t % S``, which is slot ``blo
               [S slots] [S slots] [S slots] [S slots] [S slots]
     table of one sequence: [3, 0, 4]  ->  its tokens lie in block 3, then 0, then 4
 
-This is the form that runs on every device; the Triton kernels are checked against it.
+Here are the pool, what a step says about it, and attention as a plain loop over the blocks, against
+which every faster form is checked.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from minivllm.attention.naive import naive_attention
 from minivllm.models.config import ModelConfig
-from minivllm.models.qwen3 import Attend
 
 PADDING_SLOT = -1
-
-# No more than this many mask elements at once (64 MiB of bool): long prompts go in pieces.
-MAX_MASK_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -127,132 +122,3 @@ def paged_attention_loop(
         out[start:end] = naive_attention(q[start:end], keys, values, scale)
         start = end
     return out
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Pieces of b sequences with about equally many queries Q, padded to one rectangle.
-
-    tokens: int64 [b, Q], each query's row in the flattened batch; padding repeats the last one.
-    whole: the group is the whole batch in its own order, so there is nothing to pick or to place.
-    blocks: int64 [b * m], the block tables of m blocks end to end.
-    mask: bool [b, 1, Q, m * S], which key each query sees.
-    """
-
-    tokens: torch.Tensor
-    whole: bool
-    blocks: torch.Tensor
-    mask: torch.Tensor
-
-
-class TorchPagedAttention:
-    """``attend`` by a vectorised gather: K and V of a whole group in one look-up.
-
-    Queries are grouped by the power of two above their number, so that decode rows (1 query) form
-    one rectangle and prompts of like length share another. Everything that does not depend on the
-    layer is prepared once, in the constructor.
-    """
-
-    def __init__(self, cache: PagedKVCache, batch: PagedBatch, scale: float) -> None:
-        self.cache = cache
-        self.batch = batch
-        self.scale = scale
-        self.groups = _make_groups(batch, cache.block_size)
-
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """q: [T, H, D]; k, v: [T, G, D]. Stores k and v, then attends. Returns [T, H, D]."""
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        store_kv(k, v, k_cache, v_cache, self.batch.slot_mapping)
-        if self.groups[0].whole:
-            return self._attend(self.groups[0], q, k_cache, v_cache)
-        out = torch.empty_like(q)
-        for group in self.groups:
-            picked = q[group.tokens.flatten()]
-            out[group.tokens.flatten()] = self._attend(group, picked, k_cache, v_cache)
-        return out
-
-    def _attend(
-        self, group: _Group, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> torch.Tensor:
-        """q: [b * Q, H, D], in the order of ``group.tokens``. Returns the same shape and order."""
-        num_heads, head_size = q.shape[1:]
-        num_kv_heads = k_cache.shape[2]
-        rows, num_queries = group.tokens.shape
-        # [b, m * S, G, D], then heads before tokens.
-        gathered = (rows, -1, num_kv_heads, head_size)
-        keys = k_cache.index_select(0, group.blocks).view(gathered).transpose(1, 2)
-        values = v_cache.index_select(0, group.blocks).view(gathered).transpose(1, 2)
-        if num_queries == 1:
-            # The query heads that share a key head become its rows: one product for all of them.
-            queries = q.reshape(rows, num_kv_heads, -1, head_size)
-            out = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=group.mask, scale=self.scale
-            )
-            return out.reshape(rows, num_heads, head_size)
-        out = F.scaled_dot_product_attention(
-            q.unflatten(0, (rows, num_queries)).transpose(1, 2),
-            keys,
-            values,
-            attn_mask=group.mask,
-            scale=self.scale,
-            enable_gqa=True,
-        )
-        return out.transpose(1, 2).reshape(-1, num_heads, head_size)
-
-
-def bind_torch_attention(cache: PagedKVCache, batch: PagedBatch, scale: float) -> Attend:
-    """The PyTorch path as a backend: one ``attend`` for one step."""
-    return TorchPagedAttention(cache, batch, scale)
-
-
-def _make_groups(batch: PagedBatch, block_size: int) -> list[_Group]:
-    """Cut long queries into pieces, then group the pieces by like length."""
-    buckets: dict[int, list[tuple[int, int, int, int]]] = {}
-    start = 0
-    for row, (num_queries, context) in enumerate(
-        zip(batch.query_lens, batch.context_lens, strict=True)
-    ):
-        most = max(1, MAX_MASK_ELEMENTS // context)
-        for first in range(0, num_queries, most):
-            count = min(most, num_queries - first)
-            position = context - num_queries + first
-            buckets.setdefault((count - 1).bit_length(), []).append(
-                (row, start + first, count, position)
-            )
-        start += num_queries
-    groups = []
-    for pieces in buckets.values():
-        widest = max(piece[2] for piece in pieces)
-        longest = max(piece[3] + piece[2] for piece in pieces)
-        if len(pieces) * widest * longest > MAX_MASK_ELEMENTS:
-            pieces.sort(key=lambda piece: piece[3] + piece[2], reverse=True)
-        while pieces:
-            longest = max(piece[3] + piece[2] for piece in pieces)
-            fit = max(1, MAX_MASK_ELEMENTS // (widest * longest))
-            one_group = len(buckets) == 1 and not groups and fit >= len(pieces)
-            whole = one_group and widest * len(pieces) == sum(batch.query_lens)
-            groups.append(_make_group(batch, pieces[:fit], whole, block_size))
-            pieces = pieces[fit:]
-    return groups
-
-
-def _make_group(
-    batch: PagedBatch,
-    pieces: Sequence[tuple[int, int, int, int]],
-    whole: bool,
-    block_size: int,
-) -> _Group:
-    """pieces: (sequence, first token in the batch, number of queries, first position) each."""
-    device = batch.block_tables.device
-    rows, firsts, counts, positions = torch.tensor(pieces, device=device).unbind(1)
-    step = torch.arange(max(piece[2] for piece in pieces), device=device)
-    # A padded query repeats the piece's last one, and so writes the same result once more.
-    step = step.minimum(counts[:, None] - 1)
-    num_blocks = -(-max(piece[3] + piece[2] for piece in pieces) // block_size)
-    key = torch.arange(num_blocks * block_size, device=device)
-    mask = key <= (positions[:, None] + step)[:, None, :, None]
-    # Past a table's end any block will do: the mask hides its tokens.
-    blocks = batch.block_tables[rows, :num_blocks].clamp(min=0).long()
-    return _Group(firsts[:, None] + step, whole, blocks.flatten(), mask)

@@ -8,7 +8,8 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from minivllm.attention.paged import PagedBatch, PagedKVCache, bind_torch_attention
+from minivllm.attention.paged import PagedBatch, PagedKVCache
+from minivllm.attention.paged_torch import bind_torch_attention
 from minivllm.engine.config import EngineConfig
 from minivllm.engine.scheduler import ScheduledSequence, Step
 from minivllm.engine.sequence import Sequence

@@ -87,21 +87,21 @@ class ModelConfig:
         """
         architecture = (config.get("architectures") or ["(none named)"])[0]
         _refuse_what_is_not_built(config)
-        hidden_size = _required(config, "hidden_size")
-        num_heads = _required(config, "num_attention_heads")
-        max_positions = _required(config, "max_position_embeddings")
+        hidden_size = _size(config, "hidden_size")
+        num_heads = _size(config, "num_attention_heads")
+        max_positions = _size(config, "max_position_embeddings")
         rope = _rope_parameters(config)
         # Where the key is absent, transformers' Qwen3 means 128 and its Llama the quotient.
         default_head_size = 128 if architecture.startswith("Qwen3") else hidden_size // num_heads
         return cls(
             architecture=architecture,
-            vocab_size=_required(config, "vocab_size"),
+            vocab_size=_size(config, "vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=_required(config, "intermediate_size"),
-            num_layers=_required(config, "num_hidden_layers"),
+            intermediate_size=_size(config, "intermediate_size"),
+            num_layers=_size(config, "num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=_optional(config, "num_key_value_heads", num_heads),
-            head_size=_optional(config, "head_dim", default_head_size),
+            num_kv_heads=_size(config, "num_key_value_heads", num_heads),
+            head_size=_size(config, "head_dim", default_head_size),
             max_positions=max_positions,
             rms_norm_eps=_optional(config, "rms_norm_eps", 1e-6),
             rope_base=float(_optional(rope, "rope_theta", 10000.0)),
@@ -128,10 +128,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _required(config: Mapping[str, Any], key: str) -> Any:
-    if config.get(key) is None:
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = _optional(config, key, default)
+    if value is None:
         raise ValueError(f"config.json has no {key!r}; is it the configuration of a decoder?")
-    return config[key]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json: {key}={value!r} must be a whole number of at least 1")
+    return value
 
 
 def _optional(config: Mapping[str, Any], key: str, default: Any) -> Any:

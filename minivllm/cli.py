@@ -1,0 +1,165 @@
+"""The command line: ``minivllm`` alone runs the demo."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+ENGINE_FLAGS = (
+    "model",
+    "device",
+    "dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "policy",
+    "block_size",
+    "num_kv_blocks",
+    "gpu_memory_utilization",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "attention_backend",
+    "seed",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 for a user's mistake, told in one line)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments.insert(0, "demo")
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        print(f"minivllm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minivllm: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    # Here, so that --help and a mistyped flag do not wait for PyTorch.
+    from minivllm.demo import run_demo
+
+    run_demo(
+        _engine_settings(options),
+        repeat=options.repeat,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        as_json=options.json,
+    )
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from minivllm.chat import run_chat
+
+    run_chat(
+        _engine_settings(options),
+        options.question,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+    )
+
+
+def _bench_offline(options: argparse.Namespace) -> None:
+    from minivllm.benchmarks.offline import run_offline
+
+    run_offline(
+        _engine_settings(options),
+        repeat=options.repeat,
+        rounds=options.rounds,
+        output=options.output,
+    )
+
+
+def _bench_scheduler(options: argparse.Namespace) -> None:
+    from minivllm.benchmarks.scheduler import run_scheduler
+
+    run_scheduler(options.requests, output=options.output)
+
+
+def _engine_settings(options: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(options, name) for name in ENGINE_FLAGS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minivllm",
+        description="A small, fast LLM inference engine. Without a command it runs the demo.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="answer 60 chat prompts and report how fast")
+    demo.add_argument("--repeat", type=int, default=30, help="how often each prompt runs (30)")
+    _add_generation_flags(demo)
+    demo.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _add_engine_flags(demo)
+    demo.set_defaults(run=_demo)
+
+    chat = commands.add_parser("chat", help="ask one question, or talk")
+    chat.add_argument("question", nargs="?", help="without one, questions are read line by line")
+    _add_generation_flags(chat)
+    _add_engine_flags(chat)
+    chat.set_defaults(run=_chat)
+
+    bench = commands.add_parser("bench", help="measure: see minivllm bench --help")
+    benches = bench.add_subparsers(required=True, metavar="benchmark")
+    offline = benches.add_parser(
+        "offline", help="the demo's prompts, this engine beside transformers' generate"
+    )
+    offline.add_argument("--repeat", type=int, default=30, help="how often each prompt runs (30)")
+    offline.add_argument("--rounds", type=int, default=3, help="measured pairs (3)")
+    _add_output_flag(offline)
+    _add_engine_flags(offline)
+    offline.set_defaults(run=_bench_offline)
+    scheduler = benches.add_parser(
+        "scheduler", help="simulate requests without a model: scheduling decisions a second"
+    )
+    scheduler.add_argument("--requests", type=int, default=100_000, help="how many (100000)")
+    _add_output_flag(scheduler)
+    scheduler.set_defaults(run=_bench_scheduler)
+    return parser
+
+
+def _add_output_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="FILE", help="also write the figures there, as JSON")
+
+
+def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-tokens", type=int, default=256, help="tokens an answer (256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument("--model", help="a folder or hub name (the embedded tiny Qwen3)")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (the GPU if there is one)")
+    group.add_argument("--dtype", help="float32, float16 or bfloat16")
+    group.add_argument("--max-model-len", type=int, help="most tokens a request may hold")
+    group.add_argument("--max-num-seqs", type=int, help="most sequences in a step (256)")
+    group.add_argument("--max-num-batched-tokens", type=int, help="most tokens in a step (8192)")
+    group.add_argument("--policy", help="prefill_first (default) or mixed")
+    group.add_argument("--block-size", type=int, help="tokens in a KV block: 16 to 256 (64)")
+    group.add_argument("--num-kv-blocks", type=int, help="KV blocks (as many as fit)")
+    group.add_argument("--gpu-memory-utilization", type=float, help="share of the GPU to use (0.9)")
+    group.add_argument(
+        "--no-prefix-caching",
+        dest="enable_prefix_caching",
+        action="store_false",
+        default=None,
+        help="compute every prompt from its first token",
+    )
+    group.add_argument(
+        "--enforce-eager", action="store_true", default=None, help="never capture CUDA graphs"
+    )
+    group.add_argument("--attention-backend", help="auto (default) or torch")
+    group.add_argument("--seed", type=int, help="seed of the sampler (0)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
