@@ -2,7 +2,8 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
@@ -95,6 +96,13 @@ class LLM:
 
     def apply_chat_template(self, messages: Sequence[Message], **template: Any) -> Prompt:
         """The prompt that the model's chat template makes of a conversation."""
+        for field in fields(SamplingParams):
+            # Templates ignore what they do not know, so this would go unnoticed.
+            if field.name in template:
+                raise ValueError(
+                    f"{field.name}={template[field.name]!r} is no argument of a chat template; "
+                    f"give SamplingParams({field.name}=...)"
+                )
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise ValueError("chat needs a tokenizer, but skip_tokenizer_init=True")
@@ -126,12 +134,18 @@ class LLM:
     ) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
+        if not isinstance(params, Iterable):
             raise ValueError(
-                f"sampling_params has {len(params)} entries for {len(prompts)} prompts; give one "
+                f"sampling_params={params!r} must be a SamplingParams, or a list of one for each "
+                "prompt"
+            )
+        every = list(params)
+        if len(every) != len(prompts):
+            raise ValueError(
+                f"sampling_params has {len(every)} entries for {len(prompts)} prompts; give one "
                 "for all, or one for each"
             )
-        return list(params)
+        return every
 
     def _run(
         self,
@@ -141,25 +155,26 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         request_ids: list[str] = []
-        finished: list[RequestOutput | None] = [None] * len(prompts)
+        outputs: dict[str, RequestOutput] = {}
         try:
             for (text, token_ids), each in zip(prompts, params, strict=True):
                 prompt = {"prompt": text, "prompt_token_ids": token_ids}
                 request_ids.append(self._add(prompt, each, stream=False))
+            ours = set(request_ids)
             with _progress_bar(len(prompts), enabled=use_tqdm) as bar:
-                while None in finished:
-                    self._step()
-                    before = finished.count(None)
-                    for place, request_id in enumerate(request_ids):
-                        if self._mail[request_id]:
-                            finished[place] = self._mail[request_id].popleft()
+                while len(outputs) < len(ours):
+                    if not self.engine.has_unfinished_requests:
+                        raise RuntimeError("a request was aborted while generate waited for it")
+                    # Not streamed, so what comes of our requests is the finished output.
+                    done = [request_id for request_id in self._step() if request_id in ours]
+                    outputs.update((each, self._mail[each].popleft()) for each in done)
                     if use_tqdm:
-                        _show(bar, before - finished.count(None), self.engine.stats)
+                        _show(bar, len(done), self.engine.stats)
         finally:
             # Interrupted: what has not finished must not go on holding blocks.
             for request_id in request_ids:
                 self._drop(request_id)
-        return [output for output in finished if output is not None]
+        return [outputs[request_id] for request_id in request_ids]
 
     def _follow(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
         request_id = self._add(prompt, params, stream=True)
@@ -171,6 +186,9 @@ class LLM:
                     if output.finished:
                         return
                 self._step()
+                if not self._mail[request_id] and not self.engine.is_serving(request_id):
+                    # Aborted through the engine, which gave the last output to whoever did it.
+                    return
         finally:
             self._drop(request_id)
 
@@ -180,11 +198,13 @@ class LLM:
         self._mail[request_id] = deque()
         return request_id
 
-    def _step(self) -> None:
-        for output in self.engine.step():
-            # Requests that somebody added to the engine directly have no box here.
-            if output.request_id in self._mail:
-                self._mail[output.request_id].append(output)
+    def _step(self) -> list[str]:
+        """Run a step and put its outputs where they belong; returns the ids that got one."""
+        # Requests that somebody added to the engine directly have no box here.
+        outputs = [output for output in self.engine.step() if output.request_id in self._mail]
+        for output in outputs:
+            self._mail[output.request_id].append(output)
+        return [output.request_id for output in outputs]
 
     def _drop(self, request_id: str) -> None:
         self.engine.abort_request(request_id)
@@ -193,7 +213,7 @@ class LLM:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many: a list of integers is one, made of tokens."""
-    if isinstance(prompts, str | dict):
+    if isinstance(prompts, str | bytes | dict) or not isinstance(prompts, Iterable):
         return [prompts]
     every = list(prompts)
     if every and all(isinstance(item, int) for item in every):

@@ -22,7 +22,12 @@ from minivllm.models.qwen3 import Attend
 # No more than this many mask elements at once (64 MiB of bool): long prompts go in pieces.
 MAX_MASK_ELEMENTS = 1 << 26
 
-# A shared prefix is treated apart if that spares the gathering of so many tokens.
+# Nor more keys than this gathered at once (1 GiB with their values, for Qwen3-0.6B in float32):
+# rows are padded to the longest, so one long context among many short ones would take many times
+# what the whole pool takes.
+MAX_GATHERED_KEYS = 1 << 17
+
+# Shared blocks are treated apart if that spares reading so many tokens a second time.
 MIN_TOKENS_SPARED = 256
 
 
@@ -120,52 +125,68 @@ class PrefillGroup:
         return out.transpose(1, 2).reshape(-1, num_heads, head_size)
 
 
-class SharedPrefix(NamedTuple):
-    """Rows ``start`` to ``end`` of a decode group begin with the same ``blocks`` int64 [m]."""
+class SharedBlocks(NamedTuple):
+    """Rows ``start`` to ``end`` of a decode group have the same ``blocks`` int64 [m] in common.
+
+    column: which block of their tables is the first of these.
+    """
 
     start: int
     end: int
+    column: int
     blocks: torch.Tensor
 
 
 class DecodeGroup:
     """b sequences with one query each; R = H / G query heads share each key head.
 
-    A row's blocks are those of a prefix that it shares with its neighbours, if any, and m of its
-    own (padded). Scores for both stand side by side, so that one softmax covers the whole context:
+    Blocks that several rows share form a tree, as their prompts do; what is left of a row's table
+    are up to m blocks of its own. All scores of a row stand side by side, under one softmax:
 
-        row 0   [ shared prefix A ......... | own blocks .......... ]
-        row 1   [ shared prefix A ......... | own blocks ..... pad  ]
-        row 2   [ shared prefix B ..... pad | own blocks .......... ]
+        row 0   [ shared by 0 to 3 | shared by 0 and 1 | own blocks ........ ]
+        row 1   [ shared by 0 to 3 | shared by 0 and 1 | own blocks ... pad  ]
+        row 2   [ shared by 0 to 3 | shared by 2 and 3 | own blocks ........ ]
+        row 3   [ shared by 0 to 3 | shared by 2 and 3 | own blocks ... pad  ]
+
+    Own blocks are the entries of one batched product: entry i is a block and the row that owns it.
     """
 
     def __init__(self, pieces: Sequence[Piece], tables: torch.Tensor, block_size: int) -> None:
         device = tables.device
         host_tables = tables.tolist()
-        order: list[Piece] = []
-        skipped: list[int] = []
-        self.prefixes: list[SharedPrefix] = []
-        for cluster, num_shared in _clusters(pieces, host_tables, block_size):
-            if num_shared:
-                start, end = len(order), len(order) + len(cluster)
-                blocks = tables[cluster[0].row, :num_shared]
-                self.prefixes.append(SharedPrefix(start, end, blocks))
-            order += cluster
-            skipped += [num_shared] * len(cluster)
+        order, skipped, shared = _share(pieces, host_tables, block_size)
+        self.shared = [
+            SharedBlocks(start, end, column, tables[order[start].row, column : column + count])
+            for start, end, column, count in shared
+        ]
         self.num_rows = len(order)
-        self.tokens = torch.tensor([piece.first for piece in order], device=device)
+        self.shared_len = block_size * max(skipped)
         own = [
             host_tables[piece.row][skip : -(-piece.context // block_size)]
             for piece, skip in zip(order, skipped, strict=True)
         ]
+        self.blocks, owner, entry = _entries(own)
         most = max(map(len, own))
-        padded = [blocks + [0] * (most - len(blocks)) for blocks in own]
-        self.own_blocks = torch.tensor(padded, device=device).flatten()
+        entry_of_place = [[*row, *([0] * (most - len(row)))] for row in entry]
         left = [p.context - skip * block_size for p, skip in zip(order, skipped, strict=True)]
         key = torch.arange(most * block_size, device=device)
-        # [b, 1, 1, own keys]
-        self.hidden = (key >= torch.tensor(left, device=device)[:, None])[:, None, None]
-        self.prefix_len = block_size * max([len(p.blocks) for p in self.prefixes], default=0)
+
+        def index(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, device=device)
+
+        self.tokens = index([piece.first for piece in order])
+        # [entries]: the row of each; nobody's blocks go to an extra row that is dropped.
+        self.owner = index(owner)
+        # [b * m]: the entry that holds each place of each row; padding points anywhere.
+        self.entry_of_place = index([e for row in entry_of_place for e in row])
+        place = dict.fromkeys(range(len(owner)), 0)
+        for row, entries in enumerate(entry):
+            place.update({e: row * most + column for column, e in enumerate(entries)})
+        self.place_of_entry = index(list(place.values()))
+        # [b, 1, 1, own keys]: what lies past a row's context.
+        self.hidden = (key >= index(left)[:, None])[:, None, None]
+        if not isinstance(self.blocks, slice):
+            self.blocks = index(self.blocks)
 
     def attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
@@ -173,71 +194,118 @@ class DecodeGroup:
         """q: [b, H, D] -> [b, H, D]."""
         num_heads, head_size = q.shape[1:]
         block_size, num_kv_heads = k_cache.shape[1:3]
-        group = num_heads // num_kv_heads
-        queries = (q * scale).view(self.num_rows, num_kv_heads, group, head_size)
-        # One product for each (row, block, key head): [b * m * G, R, D] x [b * m * G, D, S].
-        per_block = (self.num_rows, -1, num_kv_heads, group, head_size)
-        each = queries[:, None].expand(-1, len(self.own_blocks) // self.num_rows, -1, -1, -1)
-        keys = k_cache.transpose(1, 2).index_select(0, self.own_blocks).flatten(0, 1)
-        values = v_cache.transpose(1, 2).index_select(0, self.own_blocks).flatten(0, 1)
-        own = torch.bmm(each.reshape(-1, group, head_size), keys.transpose(1, 2))
-        own = own.view(*per_block[:-1], block_size).permute(0, 2, 3, 1, 4).flatten(3)
-        own = own.masked_fill(self.hidden, float("-inf"))
-        if self.prefixes:
-            shared = own.new_full((*own.shape[:3], self.prefix_len), float("-inf"))
-            for prefix in self.prefixes:
-                self._score_prefix(prefix, queries, k_cache, shared)
-            own = torch.cat((shared, own), dim=-1)
+        queries = (q * scale).view(self.num_rows, num_kv_heads, -1, head_size)
+        # One row more, so that a block which nobody owns has something to be multiplied with.
+        own = _per_head(F.pad(queries, (0, 0) * 3 + (0, 1))[self.owner], self._own(k_cache).mT)
+        own = own[self.entry_of_place].unflatten(0, (self.num_rows, -1))
+        own = own.permute(0, 2, 3, 1, 4).flatten(3).masked_fill(self.hidden, float("-inf"))
+        if self.shared:
+            scores = own.new_full((*own.shape[:3], self.shared_len), float("-inf"))
+            for shared in self.shared:
+                _score_shared(shared, queries, k_cache, scores)
+            own = torch.cat((scores, own), dim=-1)
         # In float32, as the kernels do: bfloat16 sums of many small weights lose their tail.
         weights = own.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-        own_weights = weights[..., self.prefix_len :].unflatten(3, (-1, block_size))
-        own_weights = own_weights.permute(0, 3, 1, 2, 4).reshape(-1, group, block_size)
-        out = torch.bmm(own_weights, values).view(per_block).sum(dim=1)
-        for prefix in self.prefixes:
-            self._add_prefix(prefix, weights, v_cache, out)
+        own = weights[..., self.shared_len :].unflatten(3, (-1, block_size))
+        own = own.permute(0, 3, 1, 2, 4).flatten(0, 1)[self.place_of_entry]
+        out = queries.new_zeros(self.num_rows + 1, *queries.shape[1:])
+        out.index_add_(0, self.owner, _per_head(own, self._own(v_cache)))
+        out = out[:-1]
+        for shared in self.shared:
+            _add_shared(shared, weights, v_cache, out)
         return out.view(-1, num_heads, head_size)
 
-    @staticmethod
-    def _score_prefix(
-        prefix: SharedPrefix, queries: torch.Tensor, k_cache: torch.Tensor, scores: torch.Tensor
-    ) -> None:
-        """All rows of a prefix against its keys, read once: scores [b, G, R, keys] are filled."""
-        keys = k_cache.index_select(0, prefix.blocks).flatten(0, 1).permute(1, 2, 0)
-        rows = queries[prefix.start : prefix.end].transpose(0, 1)
-        result = torch.bmm(rows.flatten(1, 2), keys)
-        place = scores[prefix.start : prefix.end, :, :, : keys.shape[-1]]
-        place.copy_(result.view(*rows.shape[:3], -1).transpose(0, 1))
-
-    @staticmethod
-    def _add_prefix(
-        prefix: SharedPrefix, weights: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """The prefix's part of the weighted values, added to out [b, G, R, D]."""
-        values = v_cache.index_select(0, prefix.blocks).flatten(0, 1).transpose(0, 1)
-        rows = weights[prefix.start : prefix.end, :, :, : values.shape[1]].transpose(0, 1)
-        result = torch.bmm(rows.flatten(1, 2), values)
-        out[prefix.start : prefix.end] += result.view(*rows.shape[:3], -1).transpose(0, 1)
+    def _own(self, cache: torch.Tensor) -> torch.Tensor:
+        """The rows' own blocks as [G, entries, S, D]: a view of the pool where that is possible."""
+        blocks = self.blocks
+        own = cache[blocks] if isinstance(blocks, slice) else cache.index_select(0, blocks)
+        return own.permute(2, 0, 1, 3)
 
 
-def _clusters(
+def _score_shared(
+    shared: SharedBlocks, queries: torch.Tensor, k_cache: torch.Tensor, scores: torch.Tensor
+) -> None:
+    """All rows against the keys that they share, read once; fills scores [b, G, R, keys]."""
+    keys = k_cache.index_select(0, shared.blocks).flatten(0, 1).permute(1, 2, 0)
+    rows = queries[shared.start : shared.end].transpose(0, 1)
+    result = torch.bmm(rows.flatten(1, 2), keys).view(*rows.shape[:3], -1).transpose(0, 1)
+    first = shared.column * k_cache.shape[1]
+    scores[shared.start : shared.end, :, :, first : first + keys.shape[-1]] = result
+
+
+def _add_shared(
+    shared: SharedBlocks, weights: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor
+) -> None:
+    """The part that the shared values have in the result, added to out [b, G, R, D]."""
+    values = v_cache.index_select(0, shared.blocks).flatten(0, 1).transpose(0, 1)
+    first = shared.column * v_cache.shape[1]
+    rows = weights[shared.start : shared.end, :, :, first : first + values.shape[1]]
+    rows = rows.transpose(0, 1)
+    result = torch.bmm(rows.flatten(1, 2), values)
+    out[shared.start : shared.end] += result.view(*rows.shape[:3], -1).transpose(0, 1)
+
+
+def _per_head(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left: [entries, G, R, X]; right: [G, entries, X, Y]. Returns products [entries, G, R, Y].
+
+    A product for each head reads its strided part of the blocks in place; one for all heads would
+    first copy them.
+    """
+    products = [torch.bmm(left[:, head], blocks) for head, blocks in enumerate(right)]
+    return torch.stack(products, dim=1)
+
+
+def _entries(own: list[list[int]]) -> tuple[slice | list[int], list[int], list[list[int]]]:
+    """Which blocks to multiply, in which order.
+
+    own: each row's own blocks. Returns the blocks of all entries, each entry's row (one past the
+    last for a block that nobody owns), and each row's entries. If the rows' blocks lie close
+    together, the entries are a whole slice of the pool, and nothing has to be gathered.
+    """
+    every = [block for row in own for block in row]
+    low, high = min(every), max(every) + 1
+    owner = [row for row, blocks in enumerate(own) for _ in blocks]
+    if len(set(every)) == len(every) and high - low <= len(every) * 5 // 4:
+        slots = [len(own)] * (high - low)
+        for block, row in zip(every, owner, strict=True):
+            slots[block - low] = row
+        return slice(low, high), slots, [[block - low for block in row] for row in own]
+    numbers = iter(range(len(every)))
+    return every, owner, [[next(numbers) for _ in row] for row in own]
+
+
+def _share(
     pieces: Sequence[Piece], tables: list[list[int]], block_size: int
-) -> list[tuple[list[Piece], int]]:
-    """Sort decode rows by what they share: (rows, number of blocks that all of them begin with)."""
-    by_first_block: dict[int, list[Piece]] = {}
-    for piece in pieces:
-        by_first_block.setdefault(tables[piece.row][0], []).append(piece)
-    alone: list[Piece] = []
-    clusters = []
-    for cluster in by_first_block.values():
-        # The newest token's own block is never shared, whatever the tables say.
-        most = min((piece.context - 1) // block_size for piece in cluster)
-        columns = zip(*(tables[piece.row][:most] for piece in cluster), strict=True)
-        num_shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-        if (len(cluster) - 1) * num_shared * block_size < MIN_TOKENS_SPARED:
-            alone += cluster
-        else:
-            clusters.append((cluster, num_shared))
-    return [*clusters, (alone, 0)] if alone else clusters
+) -> tuple[list[Piece], list[int], list[tuple[int, int, int, int]]]:
+    """Find the tree of blocks that several decode rows have in common.
+
+    Returns the rows in an order in which those that share are neighbours; how many blocks of each
+    are shared; and the tree's nodes as (first row, row after the last, column, number of blocks).
+    """
+    order: list[Piece] = []
+    skipped: list[int] = []
+    nodes: list[tuple[int, int, int, int]] = []
+
+    def grow(rows: Sequence[Piece], column: int) -> None:
+        alike: dict[int, list[Piece]] = {}
+        for piece in rows:
+            alike.setdefault(tables[piece.row][column], []).append(piece)
+        for group in alike.values():
+            # The newest token's own block is never shared, whatever the tables say.
+            end = min((piece.context - 1) // block_size for piece in group)
+            columns = zip(*(tables[piece.row][column:end] for piece in group), strict=True)
+            count = sum(1 for _ in takewhile(lambda blocks: len(set(blocks)) == 1, columns))
+            spared = (len(group) - 1) * count * block_size
+            if spared < max(MIN_TOKENS_SPARED, 1):
+                order.extend(group)
+                skipped.extend([column] * len(group))
+            else:
+                start = len(order)
+                grow(group, column + count)
+                nodes.append((start, len(order), column, count))
+
+    grow(pieces, 0)
+    return order, skipped, nodes
 
 
 def _make_groups(batch: PagedBatch, block_size: int) -> list[Group]:
@@ -258,10 +326,11 @@ def _make_groups(batch: PagedBatch, block_size: int) -> list[Group]:
     groups: list[Group] = []
     for exponent, pieces in buckets.items():
         kind = DecodeGroup if exponent == 0 else PrefillGroup
-        # No mask larger than the limit; long contexts apart from short ones.
+        # No group larger than the limits; long contexts apart from short ones.
         pieces.sort(key=lambda piece: piece.context, reverse=True)
         while pieces:
-            fit = max(1, (MAX_MASK_ELEMENTS >> exponent) // pieces[0].context)
+            most_keys = min(MAX_MASK_ELEMENTS >> exponent, MAX_GATHERED_KEYS)
+            fit = max(1, most_keys // pieces[0].context)
             groups.append(kind(pieces[:fit], tables, block_size))
             pieces = pieces[fit:]
     return groups

@@ -1,12 +1,12 @@
 """The engine's settings, checked once."""
 
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minivllm.engine.sampling_params import refuse_unknown
 from minivllm.engine.scheduler import POLICIES
 from minivllm.models.config import DTYPES
 
@@ -23,8 +23,9 @@ class EngineConfig:
     max_model_len: the most tokens of a request, prompt included; None is the model's own limit.
     max_num_seqs, max_num_batched_tokens: the most sequences and tokens in a step.
     policy: ``prefill_first`` (throughput) or ``mixed`` (prompts in chunks beside the decodes).
-    block_size: tokens a KV block, a power of two from 16 to 256. num_kv_blocks: size of the pool;
-    None is as many as fit into ``gpu_memory_utilization``, the fraction of the GPU's memory that
+    block_size: tokens a KV block, a power of two from 16 to 256; None is 64 on a GPU, whose kernels
+    read whole tiles, and 16 on a CPU, where only waste counts. num_kv_blocks: size of the pool; None
+    is as many as fit into ``gpu_memory_utilization``, the fraction of the GPU's memory that
     this engine may fill (on a CPU: of a quarter of the memory that is available).
     enable_prefix_caching: share blocks between equal prefixes.
     enforce_eager: never capture CUDA graphs.
@@ -42,7 +43,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     policy: str = "prefill_first"
-    block_size: int = 64
+    block_size: int | None = None
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -56,12 +57,7 @@ class EngineConfig:
     @classmethod
     def from_keywords(cls, keywords: dict[str, Any]) -> "EngineConfig":
         """Build from keyword arguments; ValueError for one that does not exist."""
-        known = [field.name for field in fields(cls)]
-        for name in keywords:
-            if name not in known:
-                close = get_close_matches(name, known, n=1)
-                remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-                raise ValueError(f"unknown argument {name}={keywords[name]!r}; {remedy}")
+        refuse_unknown(keywords, [field.name for field in fields(cls)])
         return cls(**keywords)
 
     def __post_init__(self) -> None:
@@ -70,13 +66,17 @@ class EngineConfig:
         for name in ("max_model_len", "num_kv_blocks"):
             if getattr(self, name) is not None:
                 self._check_positive(name)
+        for name in ("skip_tokenizer_init", "enable_prefix_caching", "enforce_eager"):
+            self._check_choice(name, (True, False))
         self._check_choice("policy", POLICIES)
-        self._check_choice("block_size", (16, 32, 64, 128, 256))
+        if self.block_size is not None:
+            self._check_choice("block_size", (16, 32, 64, 128, 256))
         self._check_choice("dtype", ("auto", *DTYPES))
         self._check_choice("attention_backend", ATTENTION_BACKENDS)
-        if not 0 < self.gpu_memory_utilization <= 1:
+        fraction = self.gpu_memory_utilization
+        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(
-                f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and at "
+                f"gpu_memory_utilization={fraction!r} must be above 0 and at "
                 "most 1: the fraction of the GPU's memory that this engine may fill"
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -111,6 +111,10 @@ class EngineConfig:
                 f"device={self.device!r}: there are only {torch.cuda.device_count()} CUDA devices"
             )
         return device
+
+    def resolve_block_size(self, device: torch.device) -> int:
+        """Tokens a block on this device."""
+        return self.block_size or (16 if device.type == "cpu" else 64)
 
     def resolve_dtype(self, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype of weights, computation and KV cache."""

@@ -4,6 +4,7 @@ import gc
 import random
 import time
 from collections.abc import Sequence as Prompts
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,11 +57,16 @@ class LLMEngine:
     """
 
     def __init__(self, config: EngineConfig | None = None, **keywords: Any) -> None:
+        if config is not None and keywords:
+            raise ValueError(
+                f"config was given, and so were {', '.join(keywords)}; put them into the config"
+            )
         self.config = config or EngineConfig.from_keywords(keywords)
         folder = model_folder(self.config.model)
         self.model_config = ModelConfig.from_folder(folder)
         self.max_model_len = self._context_limit()
         device = self.config.resolve_device()
+        self.config = replace(self.config, block_size=self.config.resolve_block_size(device))
         dtype = self.config.resolve_dtype(self.model_config.dtype, device)
         self.tokenizer = None
         if not self.config.skip_tokenizer_init:
@@ -228,6 +234,10 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished
 
+    def is_serving(self, request_id: str) -> bool:
+        """Whether this request is queued or running."""
+        return request_id in self._requests
+
     @property
     def stats(self) -> EngineStats:
         """What this engine has done so far; a live object."""
@@ -270,17 +280,21 @@ class LLMEngine:
                     f"prompt={prompt!r} must have the key 'prompt' or 'prompt_token_ids'"
                 )
             text = prompt.get("prompt")
-            if "prompt_token_ids" in prompt:
-                prompt = prompt["prompt_token_ids"]
+            if "prompt_token_ids" not in prompt:
+                prompt = text
+            elif isinstance(prompt["prompt_token_ids"], str):
+                raise ValueError(f"prompt={prompt!r}: text belongs under the key 'prompt'")
             else:
-                prompt = prompt["prompt"]
+                prompt = prompt["prompt_token_ids"]
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(
                     f"prompt={prompt!r} is text, but skip_tokenizer_init=True; give token ids"
                 )
             return prompt, list(self.tokenizer.encode(prompt))
-        is_ids = isinstance(prompt, Prompts) and not any(
+        # Bytes are a sequence of integers too, but nobody means token ids by them.
+        is_ids = isinstance(prompt, Prompts) and not isinstance(prompt, bytes | bytearray)
+        is_ids = is_ids and not any(
             isinstance(token, bool) or not isinstance(token, int) for token in prompt
         )
         if not is_ids:

@@ -60,9 +60,17 @@ class ModelRunner:
         self.sampler = Sampler()
         self.bind_attention: BindAttention = bind_torch_attention
         num_blocks = config.num_kv_blocks or self._blocks_that_fit(config, max_model_len, dtype)
-        self.cache = PagedKVCache(
-            model_config, num_blocks, config.block_size, dtype=dtype, device=device
-        )
+        try:
+            self.cache = PagedKVCache(
+                model_config, num_blocks, config.block_size, dtype=dtype, device=device
+            )
+        except RuntimeError:
+            # All that PyTorch says when an allocation fails, on any device.
+            block_bytes = PagedKVCache.bytes_per_block(model_config, config.block_size, dtype)
+            raise ValueError(
+                f"num_kv_blocks={num_blocks} blocks take {num_blocks * block_bytes / 2**30:,.1f} "
+                f"GiB, which {device} does not have; lower it, or leave it out"
+            ) from None
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:

@@ -1,7 +1,10 @@
 """What a request asks of the sampler, and when it ends."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
 
 # Below, dividing the logits by it could overflow; the result is the likeliest token anyway.
 SMALLEST_TEMPERATURE = 1e-5
@@ -34,6 +37,10 @@ class SamplingParams:
     logprobs: int | None = None
     stop_strings: tuple[str, ...] = field(init=False, repr=False)
 
+    def __new__(cls, **settings: Any) -> "SamplingParams":
+        refuse_unknown(settings, [field.name for field in fields(cls) if field.init])
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, at_least=0, hint="0 is greedy")
         _number("top_p", self.top_p, above=0, at_most=1, hint="1 keeps every token")
@@ -45,6 +52,10 @@ class SamplingParams:
             _integer("seed", self.seed)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, at_least=0, at_most=100, hint="None reports none")
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Iterable):
+                raise ValueError(f"{name}={value!r} must be a list")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         for text in stop:
             if not isinstance(text, str) or not text:
@@ -57,6 +68,15 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature < SMALLEST_TEMPERATURE
+
+
+def refuse_unknown(keywords: Mapping[str, Any], known: list[str]) -> None:
+    """ValueError for a keyword argument that does not exist, with the likeliest one that does."""
+    for name, value in keywords.items():
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"unknown argument {name}={value!r}; {remedy}")
 
 
 def _number(
