@@ -144,9 +144,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", type=int, help="most sequences in a step (256)")
     group.add_argument("--max-num-batched-tokens", type=int, help="most tokens in a step (8192)")
     group.add_argument("--policy", help="prefill_first (default) or mixed")
-    group.add_argument(
-        "--block-size", type=int, help="tokens in a KV block, 16 to 256 (64; 16 on a CPU)"
-    )
+    group.add_argument("--block-size", type=int, help="tokens a KV block, 16 to 256 (64, CPU: 16)")
     group.add_argument("--num-kv-blocks", type=int, help="KV blocks (as many as fit)")
     group.add_argument("--gpu-memory-utilization", type=float, help="share of the GPU to use (0.9)")
     group.add_argument(

@@ -2,15 +2,26 @@
 
 import os
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+# Chooses the package under test: the reference, or a learner's workspace.
+pytest_plugins = ["course_plugin"]
+
+ROOT = Path(__file__).parent.parent
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     # Triton reads this once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # A test never reaches for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tensors of a few hundred numbers gain nothing from threads, and lose much on a busy machine.
+torch.set_num_threads(1)
+# Tests use the notebooks' recorder and what the chapters compute.
+sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "notebooks")) if path not in sys.path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,3 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_on_new_numpy() -> None:
+    """Triton 3.6's interpreter needs mending on numpy 2.4 and later."""
+    try:
+        from recorder import patch_interpreter
+
+        patch_interpreter()
+    except ImportError:
+        # No Triton for this platform: the tests that need it skip themselves.
+        pass

@@ -78,7 +78,8 @@ class TorchPagedAttention:
         store_kv(k, v, k_cache, v_cache, self.batch.slot_mapping)
         out = torch.empty_like(q)
         for group in self.groups:
-            out[group.tokens] = group.attend(q[group.tokens], k_cache, v_cache, self.scale)
+            picked = q.index_select(0, group.tokens)
+            out.index_copy_(0, group.tokens, group.attend(picked, k_cache, v_cache, self.scale))
         return out
 
 
@@ -177,6 +178,8 @@ class DecodeGroup:
         self.tokens = index([piece.first for piece in order])
         # [entries]: the row of each; nobody's blocks go to an extra row that is dropped.
         self.owner = index(owner)
+        # Whose query an entry is multiplied with; for nobody's blocks, any.
+        self.asker = self.owner.clamp(max=self.num_rows - 1)
         # [b * m]: the entry that holds each place of each row; padding points anywhere.
         self.entry_of_place = index([e for row in entry_of_place for e in row])
         place = dict.fromkeys(range(len(owner)), 0)
@@ -195,9 +198,8 @@ class DecodeGroup:
         num_heads, head_size = q.shape[1:]
         block_size, num_kv_heads = k_cache.shape[1:3]
         queries = (q * scale).view(self.num_rows, num_kv_heads, -1, head_size)
-        # One row more, so that a block which nobody owns has something to be multiplied with.
-        own = _per_head(F.pad(queries, (0, 0) * 3 + (0, 1))[self.owner], self._own(k_cache).mT)
-        own = own[self.entry_of_place].unflatten(0, (self.num_rows, -1))
+        own = _per_head(queries.index_select(0, self.asker), self._own(k_cache).mT)
+        own = own.index_select(0, self.entry_of_place).unflatten(0, (self.num_rows, -1))
         own = own.permute(0, 2, 3, 1, 4).flatten(3).masked_fill(self.hidden, float("-inf"))
         if self.shared:
             scores = own.new_full((*own.shape[:3], self.shared_len), float("-inf"))
@@ -207,7 +209,7 @@ class DecodeGroup:
         # In float32, as the kernels do: bfloat16 sums of many small weights lose their tail.
         weights = own.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
         own = weights[..., self.shared_len :].unflatten(3, (-1, block_size))
-        own = own.permute(0, 3, 1, 2, 4).flatten(0, 1)[self.place_of_entry]
+        own = own.permute(0, 3, 1, 2, 4).flatten(0, 1).index_select(0, self.place_of_entry)
         out = queries.new_zeros(self.num_rows + 1, *queries.shape[1:])
         out.index_add_(0, self.owner, _per_head(own, self._own(v_cache)))
         out = out[:-1]

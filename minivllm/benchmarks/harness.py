@@ -1,42 +1,19 @@
-"""What every benchmark here needs: facts about the machine, clocks, ceilings, tables, JSON."""
+"""What the kernel benchmarks share: clocks, the machine's ceilings, tables.
+
+A GPU that multiplies at full rate for a second grows warm and slows down, and whoever is measured
+last looks worst. So contenders take turns, in short bursts with pauses between them.
+"""
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-
-def machine_facts(device: torch.device) -> dict[str, str]:
-    """Device, versions, date and command line: what a figure means nothing without."""
-    facts = {
-        "device": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-    if device.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = str(torch.version.cuda)
-    else:
-        facts["threads"] = str(torch.get_num_threads())
-    for package in ("triton", "minivllm"):
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return facts
+Call = Callable[[], Any]
 
 
 def synchronize(device: torch.device) -> None:
@@ -45,20 +22,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_calls(call: Callable[[], Any], device: torch.device, *, budget_s: float = 0.2) -> float:
-    """Median seconds of one call, after warm-up, from at least 5 runs within about budget_s.
+def time_calls(call: Call, device: torch.device, *, budget_s: float = 0.1) -> float:
+    """Median seconds of one call, after warm-up, from 3 to 100 runs within about ``budget_s``.
 
-    On a GPU the clock is a pair of CUDA events around each call: launch gaps are part of it.
+    On a GPU the clock is a pair of CUDA events around each call, so launch gaps are part of it.
     """
-    for _ in range(2):
-        call()
+    call()
     synchronize(device)
     began = time.perf_counter()
     call()
     synchronize(device)
-    runs = max(5, min(100, int(budget_s / max(time.perf_counter() - began, 1e-6))))
+    runs = max(3, min(100, int(budget_s / max(time.perf_counter() - began, 1e-6))))
     if device.type != "cuda":
-        return statistics.median(_wall_times(call, runs))
+        return statistics.median(_wall_time(call) for _ in range(runs))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, stop in events:
         start.record()
@@ -68,19 +44,33 @@ def time_calls(call: Callable[[], Any], device: torch.device, *, budget_s: float
     return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3
 
 
-def _wall_times(call: Callable[[], Any], runs: int) -> Iterable[float]:
-    for _ in range(runs):
-        began = time.perf_counter()
-        call()
-        yield time.perf_counter() - began
+def _wall_time(call: Call) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
-def time_in_graph(calls: Sequence[Callable[[], Any]], *, budget_s: float = 0.2) -> float:
-    """Median seconds of one of ``calls``, captured one after the other in one CUDA graph.
+def time_in_turns(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    *,
+    rounds: int = 5,
+    burst_s: float = 0.03,
+    pause_s: float = 0.05,
+) -> dict[str, float]:
+    """Median seconds of each call over ``rounds`` of short bursts, all calls in every round."""
+    if device.type != "cuda":
+        rounds, pause_s = 1, 0.0
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(time_calls(call, device, budget_s=burst_s))
+            time.sleep(pause_s)
+    return {name: statistics.median(values) for name, values in times.items()}
 
-    A graph takes the host out of the measurement. Give calls that read different memory, larger
-    together than the L2 cache, or the cache is what will be measured.
-    """
+
+def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``calls``, one after the other: its replay has no host in it."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -88,27 +78,31 @@ def time_in_graph(calls: Sequence[Callable[[], Any]], *, budget_s: float = 0.2) 
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return time_calls(graph.replay, torch.device("cuda"), budget_s=budget_s) / len(calls)
+    return graph
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large device-to-device copy, read and written bytes both counted."""
+    """Bytes a second of a large copy within the device, read and written bytes both counted."""
     size = 2**32 if device.type == "cuda" else 2**26
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
     return 2 * size / time_calls(lambda: target.copy_(source), device)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Floating-point operations a second of a large square product of random numbers."""
-    size = 8192 if device.type == "cuda" else 512
-    dtype = dtype if device.type == "cuda" else torch.float32
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+def matmul_rate(device: torch.device) -> float:
+    """Operations a second of a large product of random matrices (bfloat16; float32 on a CPU)."""
+    on_gpu = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / time_calls(lambda: a @ b, device)
 
 
-def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Both ceilings, measured now: what every figure here is a share of."""
+    return {"copy_bytes_per_s": copy_bandwidth(device), "matmul_flop_per_s": matmul_rate(device)}
+
+
+def peak_memory(call: Call, device: torch.device) -> int | None:
     """Bytes that one call adds to the allocator at its peak; None where nobody counts (a CPU)."""
     if device.type != "cuda":
         return None
@@ -130,9 +124,3 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
         rest = (value.rjust(width) for value, width in zip(row[1:], widths[1:], strict=True))
         lines.append("  ".join([first, *rest]))
     return "\n".join(lines)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` to ``path``, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")

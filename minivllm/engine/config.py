@@ -24,8 +24,8 @@ class EngineConfig:
     max_num_seqs, max_num_batched_tokens: the most sequences and tokens in a step.
     policy: ``prefill_first`` (throughput) or ``mixed`` (prompts in chunks beside the decodes).
     block_size: tokens a KV block, a power of two from 16 to 256; None is 64 on a GPU, whose kernels
-    read whole tiles, and 16 on a CPU, where only waste counts. num_kv_blocks: size of the pool; None
-    is as many as fit into ``gpu_memory_utilization``, the fraction of the GPU's memory that
+    read whole tiles, and 16 on a CPU, where only waste counts. num_kv_blocks: size of the pool;
+    None is as many as fit into ``gpu_memory_utilization``, the fraction of the GPU's memory that
     this engine may fill (on a CPU: of a quarter of the memory that is available).
     enable_prefix_caching: share blocks between equal prefixes.
     enforce_eager: never capture CUDA graphs.

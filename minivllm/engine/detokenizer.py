@@ -44,6 +44,8 @@ class IncrementalDetokenizer:
 
     def update(self, token_ids: Sequence[int], *, finished: bool) -> None:
         """Take all tokens generated so far; ``finished``: no more will come."""
+        if self.stopped_by is not None:
+            return
         for token_id in token_ids[len(self._token_ids) :]:
             self._token_ids.append(token_id)
             self._extend(self._new_text())

@@ -91,6 +91,11 @@ class ModelConfig:
         num_heads = _size(config, "num_attention_heads")
         max_positions = _size(config, "max_position_embeddings")
         rope = _rope_parameters(config)
+        rope_scaling = _rope_scaling(rope, max_positions)
+        if rope_scaling.kind == "yarn":
+            # The key still tells the context before YaRN; what counts is what YaRN stretches it to.
+            stretched = rope_scaling.original_max_positions * rope_scaling.factor
+            max_positions = max(max_positions, int(stretched))
         # Where the key is absent, transformers' Qwen3 means 128 and its Llama the quotient.
         default_head_size = 128 if architecture.startswith("Qwen3") else hidden_size // num_heads
         return cls(
@@ -105,7 +110,7 @@ class ModelConfig:
             max_positions=max_positions,
             rms_norm_eps=_optional(config, "rms_norm_eps", 1e-6),
             rope_base=float(_optional(rope, "rope_theta", 10000.0)),
-            rope_scaling=_rope_scaling(rope, max_positions),
+            rope_scaling=rope_scaling,
             tie_embeddings=_optional(config, "tie_word_embeddings", False),
             attention_bias=_optional(config, "attention_bias", False),
             mlp_bias=_optional(config, "mlp_bias", False),

@@ -1,0 +1,110 @@
+"""What ``check`` prints: each task red or green, what failed first, and why it works."""
+
+import re
+from collections.abc import Container, Sequence
+
+from chapters.machine.manifest import Chapter
+from chapters.machine.runner import Report
+from chapters.machine.screen import Screen
+from chapters.machine.standing import Standing, is_green
+from chapters.machine.workspace import FOLDER
+
+_COLOUR = {"green": "green", "red": "red", "skipped": "yellow"}
+
+
+def print_check(
+    screen: Screen,
+    chapter: Chapter,
+    standings: Sequence[Standing],
+    report: Report,
+    explained: Container[str],
+    following: int | None,
+) -> None:
+    """Print how the tasks of ``chapter`` stand.
+
+    explained: ids of tasks that were green before; their paragraph is not printed again.
+    following: the chapter to go on with, None if it is begun already or this is the last one.
+    """
+    title = screen.paint(f"Chapter {chapter.number}: {chapter.title}", "bold")
+    screen.line(f"{title}, tested on {FOLDER}/minivllm")
+    if report.broken:
+        screen.line()
+        screen.line(screen.paint("The tests could not run:", "red"))
+        for row in report.broken.splitlines():
+            screen.line(f"  {row}")
+    screen.line()
+    width = max((len(found.task.title) for found in standings), default=0)
+    after_paragraph = False
+    for found in standings:
+        if after_paragraph:
+            screen.line()
+        after_paragraph = found.status == "green" and found.task.id not in explained
+        status = screen.paint(found.status, _COLOUR[found.status])
+        screen.line(f"  {found.task.id}  {found.task.title:<{width}}  {status}")
+        if after_paragraph:
+            screen.paragraph(found.task.why, 7)
+        elif found.status == "skipped":
+            screen.paragraph(found.message, 7)
+        elif found.status == "red" and not report.broken:
+            if found.test:
+                screen.line(f"       {found.test}")
+            for row in short(found.message, screen.width - 9):
+                screen.line(f"         {row}")
+            if found.blank and len(found.task.targets) > 1:
+                names = ", ".join(target.name for target in found.blank)
+                screen.paragraph(f"still blank: {names}", 7)
+        if found.status == "red":
+            screen.line(f"       python -m chapters hint {found.task.id}")
+    _print_others(screen, standings, report)
+    _print_summary(screen, chapter, standings, report, following)
+
+
+def short(message: str, width: int) -> list[str]:
+    """The first lines of a failure, each at most ``width`` long, without the exception's frame."""
+    # What a blank says needs no exception around it.
+    blank = re.search(r"Task \d+\.\d+ \(.*?\): not written yet", message)
+    if blank:
+        return [blank[0]]
+    message = re.sub(r"^AssertionError: ", "", message)
+    rows = [row.rstrip() for row in message.splitlines() if row.strip()][:3]
+    return [row if len(row) <= width else row[: width - 4].rstrip() + " ..." for row in rows]
+
+
+def _print_others(screen: Screen, standings: Sequence[Standing], report: Report) -> None:
+    """Red tests that belong to no task, unless they only meet a blank."""
+    ours = {name for found in standings for name in found.task.tests}
+    others = [
+        outcome
+        for outcome in report.outcomes
+        if outcome.status == "failed" and outcome.name not in ours
+    ]
+    if not others or any(found.status == "red" for found in standings):
+        return
+    screen.line("  other tests of the chapter are red:")
+    for outcome in others[:3]:
+        screen.line(f"       {outcome.name}")
+        for row in short(outcome.message, screen.width - 9):
+            screen.line(f"         {row}")
+
+
+def _print_summary(
+    screen: Screen,
+    chapter: Chapter,
+    standings: Sequence[Standing],
+    report: Report,
+    following: int | None,
+) -> None:
+    passed = sum(outcome.status == "passed" for outcome in report.outcomes)
+    ran = sum(outcome.status != "skipped" for outcome in report.outcomes)
+    green = sum(found.status != "red" for found in standings)
+    tests = f"{passed} of {ran} tests pass"
+    if standings:
+        tests = f"{green} of {len(standings)} tasks green, {tests}"
+    screen.line()
+    if is_green(standings, report):
+        done = screen.paint(f"Chapter {chapter.number} is done", "green", "bold")
+        screen.line(f"{done}: {tests}.")
+        if following is not None:
+            screen.line(f"Next:  python -m chapters start {following}")
+    else:
+        screen.line(f"{tests}.")

@@ -1,0 +1,128 @@
+"""When `flash_hopper_kernels.py` fits, and how it is launched. Importing this needs no Triton."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+
+BLOCK_M = 128  # query rows of a program
+BLOCK_N = 128  # keys of a tile
+STAGES = 2  # tiles of K, and of V, in shared memory
+
+
+def fits_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether this kernel can take q [T, H, D] and k, v [rows, G, D] on the device they are on."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    if q.dim() != 3 or k.dim() < 3 or v.dim() < 3:
+        return False
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in (64, 128):
+        return False
+    # The copies want heads side by side, rows that begin at 16 bytes, and 32-bit row numbers.
+    return all(
+        x.stride(-2) == x.shape[-1]
+        and x.stride(-3) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and x.numel() // x.shape[-1] < 2**31
+        for x in (q, k, v)
+    )
+
+
+def _descriptor(rows: torch.Tensor, box: int) -> Any:
+    """What the copy engine knows of rows [T, heads, D]: it moves ``box`` rows of one head."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    num_rows, num_heads, head_size = rows.shape
+    dtype = gl.bfloat16 if rows.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([box, head_size], dtype)
+    return TensorDescriptor(
+        rows, [num_rows, num_heads * head_size], [rows.stride(0), 1], [box, head_size], layout
+    )
+
+
+def attend_on_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    block_tables: torch.Tensor | None = None,
+    context_lens: torch.Tensor | None = None,
+) -> None:
+    """Causal attention of a flattened batch, written to ``out``; arguments are checked already.
+
+    Args:
+        q: [T, H, D] queries.
+        k: [T, G, D] keys; or, with block_tables, the cache [N, S, G, D].
+        v: like k.
+        cu_query_lens: [B + 1] int32, where each sequence's queries begin.
+        out: [T, H, D], contiguous.
+        scale: factor on the scores.
+        max_query_len: the most queries of one sequence.
+        block_tables: [B, max_blocks] int32, or None for contiguous keys.
+        context_lens: [B] int32 with block_tables.
+    """
+    from minivllm.attention.flash_hopper_kernels import flash_hopper_kernel
+    from minivllm.attention.flash_order_kernels import order_blocks_kernel
+
+    num_tokens, num_heads, head_size = q.shape
+    paged = block_tables is not None
+    batch = len(cu_query_lens) - 1
+    block_size = k.shape[1] if paged else BLOCK_N
+    box = min(block_size, BLOCK_N)
+    k, v = (x.view(-1, *x.shape[2:]) if paged else x for x in (k, v))
+    # All blocks of all sequences as if they were equally long; where that would be far too many,
+    # a first kernel lists those that exist.
+    longest = -(-max_query_len // BLOCK_M)
+    entries = longest * batch
+    at_most = num_tokens // BLOCK_M + batch
+    ordered = entries > 2 * at_most
+    order = cu_query_lens
+    if ordered:
+        entries = at_most
+        order = torch.empty(1 + entries, 2, dtype=torch.int32, device=q.device)
+        order_blocks_kernel[(longest, batch)](
+            order,
+            cu_query_lens,
+            context_lens if paged else cu_query_lens,
+            batch,
+            M=BLOCK_M,
+            BLOCK_B=1 << (batch - 1).bit_length(),
+            PAGED=paged,
+            num_warps=1,
+        )
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    flash_hopper_kernel[(min(processors, entries * num_heads),)](
+        _descriptor(q, BLOCK_M // 2),
+        _descriptor(k, box),
+        _descriptor(v, box),
+        _descriptor(out, BLOCK_M // 2),
+        out,
+        cu_query_lens,
+        context_lens if paged else cu_query_lens,
+        block_tables if paged else cu_query_lens,
+        block_tables.stride(0) if paged else 0,
+        order,
+        batch,
+        entries,
+        scale * math.log2(math.e),
+        H=num_heads,
+        GROUP=num_heads // k.shape[1],
+        S=block_size,
+        D=head_size,
+        N=BLOCK_N,
+        BOX=box,
+        STAGES=STAGES,
+        PAGED=paged,
+        ORDERED=ordered,
+        num_warps=4,
+    )

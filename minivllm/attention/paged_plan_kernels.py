@@ -1,0 +1,223 @@
+"""The line of tiles that `paged_split_kernels.py` works on, written down once a step.
+
+For every tile of every sequence: which sequence, where in the cache, and how many tokens are left.
+
+    block tables, S = 64        tile   0    1    2    3    4    5        TILE = 64
+    seq 0  [7, 2]   70 tokens   seq    0    0    1    2    2    2
+    seq 1  [3]      40 tokens   left  70    6   40  150   86   22
+    seq 2  [5, 0, 1] 150        slot 448  128  192  320    0   64
+
+All layers of a model read the same list. No number of it comes back to the host and the grids that
+read it depend on the device alone, so a CUDA graph captured once serves all lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from minivllm.attention.flash_kernels import padded_head_size, shared_memory
+
+
+@triton.jit
+def plan_kernel(
+    block_tables_ptr,
+    context_lens_ptr,
+    line_ptr,
+    tile_seq_ptr,
+    tile_left_ptr,
+    tile_slot_ptr,
+    batch,
+    table_stride,
+    programs,
+    few_programs,
+    MIN_SHARE: tl.constexpr,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+    RUN: tl.constexpr,  # tokens that lie side by side in the cache: min(S, TILE)
+    BLOCK_B: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program writes down the tiles of one sequence.
+
+    line [2]: tiles in all and in a share. tile_seq, tile_left [tiles]: the sequence, and its tokens
+    from this tile on. tile_slot [tiles, TILE / RUN]: the first slot of each run of tokens.
+    """
+    seq = tl.program_id(0)
+    seqs = tl.arange(0, BLOCK_B)
+    lengths = tl.load(context_lens_ptr + seqs, mask=seqs < batch, other=0)
+    # A padded row has no tokens but one tile, so that zeros are written for it.
+    tiles = tl.where(seqs < batch, tl.maximum(tl.cdiv(lengths, TILE), 1), 0)
+    begin = tl.sum(tl.where(seqs < seq, tiles, 0), axis=0)
+    length = tl.load(context_lens_ptr + seq)
+    if seq == 0:
+        total = tl.sum(tiles, axis=0)
+        # A short line goes to few programs: every cut costs a merge.
+        share = tl.maximum(
+            tl.cdiv(total, programs), tl.minimum(tl.cdiv(total, few_programs), MIN_SHARE)
+        )
+        tl.store(line_ptr, total)
+        tl.store(line_ptr + 1, share)
+
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
+    runs = TILE // RUN
+    for start in tl.range(0, tl.maximum(length, 1), CHUNK * TILE):
+        token = start + tl.arange(0, CHUNK) * TILE
+        tile = begin + token // TILE
+        mask = token < tl.maximum(length, 1)
+        tl.store(tile_seq_ptr + tile, tl.zeros_like(tile) + seq, mask=mask)
+        tl.store(tile_left_ptr + tile, length - token, mask=mask)
+        for run in tl.static_range(TILE // RUN):
+            run_token = token + run * RUN
+            block = tl.load(table_ptr + run_token // S, mask=run_token < length, other=0)
+            tl.store(tile_slot_ptr + tile * runs + run, block * S + run_token % S, mask=mask)
+
+
+class PagedDecodePlan:
+    """The line of tiles of one step, and the memory for what lies at its borders.
+
+    Made once for the largest batch, prepared once a step, used by every layer: a captured CUDA
+    graph finds everything at the same addresses. Two decodes that may run at the same time need a
+    plan each.
+
+    tile_seq, tile_left: int32 [tiles]; tile_slot: int32 [tiles, TILE / RUN]; line: int32 [2] (see
+    ``plan_kernel``). partial_out: float32 [2 * shares, H, D]; partial_lse: float32 [2 * shares, H].
+    """
+
+    def __init__(
+        self,
+        max_batch: int,
+        max_blocks: int,
+        block_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        processors: int | None = None,
+        programs_each: int = 2,
+        tile: int | None = None,
+        min_share: int = 4,
+        num_warps: int = 4,
+        num_stages: int | None = None,
+    ) -> None:
+        """Reserve memory.
+
+        Args:
+            max_batch: the most sequences of a step.
+            max_blocks: the most blocks of a sequence, the width of the block tables.
+            block_size: S.
+            num_heads: H, a multiple of num_kv_heads.
+            num_kv_heads: G.
+            head_size: D.
+            dtype: of q and the cache.
+            device: where they are.
+            processors: multiprocessors of the device; read from it when None, 4 on a CPU.
+            programs_each: programs for each of them, as many as run side by side.
+            tile: tokens of a tile; chosen by head size and dtype when None.
+            min_share: tiles of a share that are worth a program; below that fewer take part.
+            num_warps: see Triton.
+            num_stages: tiles in flight, see Triton; as many as fit when None.
+
+        Raises:
+            ValueError: if the heads cannot be grouped.
+        """
+        device = torch.device(device)
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}"
+            )
+        if processors is None:
+            on_gpu = device.type == "cuda"
+            processors = (
+                torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
+            )
+        # 64 keys of 128 numbers in 16 bits, or as many bytes.
+        self.tile = tile or max(16, 64 * 128 * 2 // (padded_head_size(head_size) * dtype.itemsize))
+        self.tile = min(self.tile, 64)
+        self.max_batch = max_batch
+        self.max_blocks = max_blocks
+        self.block_size = block_size
+        self.num_kv_heads = num_kv_heads
+        self.shares = max(1, processors * programs_each // num_kv_heads)
+        self.few_shares = max(1, processors // num_kv_heads)
+        self.min_share = min_share
+        self.num_warps = num_warps
+        self.num_stages = num_stages or (3 if shared_memory(device) > 96 * 1024 else 2)
+        # Hopper and later can start a kernel while the one in front finishes.
+        self.dependent = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+        max_tiles = max_batch * max(1, triton.cdiv(max_blocks * block_size, self.tile))
+        runs = self.tile // min(block_size, self.tile)
+        self.line = torch.zeros(2, dtype=torch.int32, device=device)
+        self.tile_seq = torch.empty(max_tiles, dtype=torch.int32, device=device)
+        self.tile_left = torch.empty(max_tiles, dtype=torch.int32, device=device)
+        self.tile_slot = torch.empty(max_tiles, runs, dtype=torch.int32, device=device)
+        self.partial_out = torch.empty(2 * self.shares, num_heads, head_size, device=device)
+        self.partial_lse = torch.empty(2 * self.shares, num_heads, device=device)
+        self._prepared: tuple[int, ...] | None = None
+
+    def prepare(self, block_tables: torch.Tensor, context_lens: torch.Tensor) -> None:
+        """Write down the line for block_tables [B, max_blocks] and context_lens [B], both int32.
+
+        Call it once a step, when both hold the step's values; inside a CUDA graph it is captured
+        like any kernel and reads what is there at the replay.
+
+        Raises:
+            ValueError: if the batch or the tables are larger than what the plan was made for.
+        """
+        batch, width = block_tables.shape
+        if batch > self.max_batch or width > self.max_blocks:
+            raise ValueError(
+                f"block_tables is [{batch}, {width}] but the plan was made for "
+                f"[{self.max_batch}, {self.max_blocks}]; make a larger one"
+            )
+        self._prepared = self._identity(block_tables, context_lens)
+        if batch == 0:
+            return
+        plan_kernel[(batch,)](
+            block_tables,
+            context_lens,
+            self.line,
+            self.tile_seq,
+            self.tile_left,
+            self.tile_slot,
+            batch,
+            block_tables.stride(0),
+            self.shares,
+            self.few_shares,
+            MIN_SHARE=self.min_share,
+            S=self.block_size,
+            TILE=self.tile,
+            RUN=min(self.block_size, self.tile),
+            BLOCK_B=triton.next_power_of_2(batch),
+            CHUNK=64,
+            num_warps=4,
+        )
+
+    def check(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        context_lens: torch.Tensor,
+    ) -> None:
+        """Raise ValueError unless the plan was made for q and cache, prepared for the tables."""
+        have = (*self.partial_out.shape[1:], self.num_kv_heads, self.block_size)
+        want = (*q.shape[1:], k_cache.shape[2], k_cache.shape[1])
+        if have != want or self.partial_out.device != q.device:
+            raise ValueError(
+                f"plan was made for (H, D, G, S) = {have} on {self.partial_out.device} but q and "
+                f"k_cache have {want} on {q.device}; make one for them"
+            )
+        if self._prepared != self._identity(block_tables, context_lens):
+            raise ValueError(
+                "plan is not prepared for these block_tables and context_lens; call "
+                "plan.prepare(block_tables, context_lens) once a step"
+            )
+
+    @staticmethod
+    def _identity(block_tables: torch.Tensor, context_lens: torch.Tensor) -> tuple[int, ...]:
+        return (block_tables.data_ptr(), *block_tables.shape, context_lens.data_ptr())

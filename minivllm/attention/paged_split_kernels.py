@@ -1,0 +1,296 @@
+"""Paged decode with the work cut into equal shares (split-KV, also known as flash decoding).
+
+One program a (sequence, KV head) leaves a GPU idle when there are few sequences, and waits for the
+longest when they differ. Here the tiles of all sequences lie on one line, and every program takes
+an equal share of it, wherever that begins and ends (for each KV head alike):
+
+    sequence   |---- 0 ----|- 1 -|--------------- 2 ---------------|-- 3 --|
+    tiles      [] [] [] [] [] [] [] [] [] [] [] [] [] [] [] [] [] [] [] [] []
+    shares     |----- share 0 -----|----- share 1 -----|----- share 2 -----|
+    pieces     |     0     |  1  |2|         2         |     2     |   3   |
+
+A sequence that borders cut (2 here) is done in pieces. Each piece is put aside, divided by its own
+softmax denominator, with the logarithm of that denominator; a second kernel merges the pieces as
+the online softmax merges tiles. What no border cuts is written at once.
+
+The line itself is written down once a step, for all layers (`paged_plan_kernels.py`), so to attend
+is one loop over a list, without a pause between sequences.
+
+Sources: Dao et al., "Flash-Decoding for long-context inference" (2023); Osama et al., "Stream-K"
+(2023), for the line of tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minivllm.attention.flash_checks import check_out
+from minivllm.attention.flash_kernels import (
+    LOG2_E,
+    LOWEST,
+    attend_to_tile,
+    padded_head_size,
+    precision_of,
+)
+from minivllm.attention.paged_checks import check_paged_inputs
+from minivllm.attention.paged_plan_kernels import PagedDecodePlan
+
+
+@triton.jit
+def split_decode_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    line_ptr,
+    tile_seq_ptr,
+    tile_left_ptr,
+    tile_slot_ptr,
+    out_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    q_stride_b,
+    q_stride_h,
+    scale_log2,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    RUN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One program does one share of the line for one KV head."""
+    if DEPENDENT:
+        gdc_wait()
+    kv_head = tl.program_id(0)
+    share_id = tl.program_id(1)
+    total = tl.load(line_ptr)
+    share = tl.load(line_ptr + 1)
+    begin = share_id * share
+    end = tl.minimum(begin + share, total)
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, TILE)
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    heads = kv_head * GROUP + rows
+    row_mask = (rows < GROUP)[:, None] & (dims < D)
+    q_head = heads[:, None] * q_stride_h + dims
+    # One number a tile where the tile lies within a block, else one for each row.
+    runs = TILE // RUN
+    run = cols // RUN if RUN < TILE else 0
+    if begin < end:
+        seq = tl.load(tile_seq_ptr + begin)
+        left = tl.load(tile_left_ptr + begin)
+        slot = tl.load(tile_slot_ptr + begin * runs + run)
+        before = tl.load(tile_seq_ptr + begin - 1, mask=begin > 0, other=-1)
+        from_start = before != seq
+        q = tl.load(q_ptr + seq.to(tl.int64) * q_stride_b + q_head, mask=row_mask, other=0.0)
+        row_max = tl.full([ROWS], LOWEST, tl.float32)
+        row_sum = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for tile in tl.range(begin, end):
+            # The next entry of the list is on its way while this tile is worked on.
+            more = tile + 1 < end
+            next_seq = tl.load(tile_seq_ptr + tile + 1, mask=more, other=0)
+            next_left = tl.load(tile_left_ptr + tile + 1, mask=more, other=0)
+            next_run = (tile + 1) * runs + run
+            next_slot = tl.load(tile_slot_ptr + next_run, mask=next_run < end * runs, other=0)
+
+            slots = slot.to(tl.int64) + cols % RUN  # 64 bits: N * S * G * D can pass 2^31
+            at = ((slots * G + kv_head) * D)[:, None] + dims
+            mask = (cols < left)[:, None] & (dims < D)
+            k = tl.load(k_cache_ptr + at, mask=mask, other=0.0)
+            v = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
+            row_max, row_sum, acc = attend_to_tile(
+                q, k, v, (cols < left)[None, :], row_max, row_sum, acc, scale_log2, PRECISION
+            )
+            to_end = left <= TILE
+            if to_end | (tile + 1 == end):
+                result = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+                if from_start & to_end:
+                    out_at = (seq.to(tl.int64) * (G * GROUP) + heads)[:, None] * D + dims
+                    tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=row_mask)
+                else:
+                    # Of a share only the first piece can lack its beginning, only the last its
+                    # end, and so it needs two places at most.
+                    piece = (2 * share_id + from_start.to(tl.int32)) * (G * GROUP) + heads
+                    tl.store(partial_out_ptr + piece[:, None] * D + dims, result, mask=row_mask)
+                    lse = row_max * scale_log2 + tl.log2(row_sum)
+                    tl.store(partial_lse_ptr + piece, lse, mask=rows < GROUP)
+                next_q = q_ptr + next_seq.to(tl.int64) * q_stride_b + q_head
+                q = tl.load(next_q, mask=row_mask, other=0.0)
+                row_max = tl.full([ROWS], LOWEST, tl.float32)
+                row_sum = tl.zeros([ROWS], tl.float32)
+                acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+                from_start = to_end
+            seq = next_seq
+            left = next_left
+            slot = next_slot
+    if DEPENDENT:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def merge_kernel(
+    context_lens_ptr,
+    line_ptr,
+    tile_seq_ptr,
+    tile_left_ptr,
+    out_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECES: tl.constexpr,  # taken in one step
+    DEPENDENT: tl.constexpr,
+):
+    """One program merges, for one query head, the sequence that the end of one share cuts.
+
+    A piece i brings out_i, divided by its own denominator, and lse_i = log2 of that denominator:
+
+        out = sum_i 2^lse_i * out_i / sum_i 2^lse_i
+
+    Where several borders cut one sequence, the program of the first of them does it.
+    """
+    head = tl.program_id(0)
+    first = tl.program_id(1)
+    total = tl.load(line_ptr)
+    share = tl.load(line_ptr + 1)
+    last_tile = (first + 1) * share - 1
+    if last_tile >= total - 1:
+        return
+    left = tl.load(tile_left_ptr + last_tile)
+    seq = tl.load(tile_seq_ptr + last_tile).to(tl.int64)
+    length = tl.load(context_lens_ptr + seq)
+    begin = last_tile - (length - left) // TILE
+    if (left <= TILE) | (begin < first * share):
+        return
+    last = (begin + tl.cdiv(length, TILE) - 1) // share
+    if DEPENDENT:
+        # All that was read so far is older than the kernel in front; the pieces are not.
+        gdc_wait()
+
+    dims = tl.arange(0, BLOCK_D)
+    top = LOWEST
+    weight_sum = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in tl.range(first, last + 1, PIECES):
+        share_id = start + tl.arange(0, PIECES)
+        mask = share_id <= last
+        piece = (2 * share_id + (share_id == first).to(tl.int32)) * H + head
+        lse = tl.load(partial_lse_ptr + piece, mask=mask, other=float("-inf"))
+        piece_mask = mask[:, None] & (dims < D)[None, :]
+        piece_at = piece[:, None] * D + dims[None, :]
+        pieces = tl.load(partial_out_ptr + piece_at, mask=piece_mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(lse, axis=0))
+        shrink = tl.exp2(top - new_top)
+        weights = tl.exp2(lse - new_top)
+        weight_sum = weight_sum * shrink + tl.sum(weights, axis=0)
+        acc = acc * shrink + tl.sum(weights[:, None] * pieces, axis=0)
+        top = new_top
+    out = (acc / weight_sum).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (seq * H + head) * D + dims, out, mask=dims < D)
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    *,
+    scale: float,
+    plan: PagedDecodePlan | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one new token for each sequence, over the pages of its context.
+
+    Safe to capture in a CUDA graph: nothing is read back and the grid is fixed.
+
+    Args:
+        q: [B, H, D] the newest token's queries; its key and value are in the cache already.
+        k_cache: [N, S, G, D], H a multiple of G, S a power of two.
+        v_cache: [N, S, G, D].
+        block_tables: [B, max_blocks] int32; entries past a sequence's last block are not read.
+        context_lens: [B] int32 tokens of each sequence, the newest included; 0 for a padded row.
+        scale: positive factor on the scores, usually D ** -0.5.
+        plan: prepared for these block_tables and context_lens; made on the spot when None, which
+            a model of many layers should not do in each.
+        out: [B, H, D] to write into; a new tensor when None.
+
+    Returns:
+        [B, H, D], contiguous, in q's dtype; zeros where context_lens is 0.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit together, or the plan is another's.
+    """
+    check_paged_inputs(q, k_cache, v_cache, block_tables, context_lens, scale)
+    batch, num_heads, head_size = q.shape
+    _, block_size, num_kv_heads, _ = k_cache.shape
+    if plan is None:
+        plan = PagedDecodePlan(
+            *block_tables.shape,
+            block_size,
+            num_heads,
+            num_kv_heads,
+            head_size,
+            dtype=q.dtype,
+            device=q.device,
+        )
+        plan.prepare(block_tables, context_lens)
+    plan.check(q, k_cache, block_tables, context_lens)
+    out = check_out(out, q)
+    if batch == 0:
+        return out
+    launch = {"launch_pdl": True} if plan.dependent else {}
+    split_decode_kernel[(num_kv_heads, plan.shares)](
+        q,
+        k_cache,
+        v_cache,
+        plan.line,
+        plan.tile_seq,
+        plan.tile_left,
+        plan.tile_slot,
+        out,
+        plan.partial_out,
+        plan.partial_lse,
+        *q.stride()[:2],
+        scale * LOG2_E,
+        G=num_kv_heads,
+        GROUP=num_heads // num_kv_heads,
+        D=head_size,
+        BLOCK_D=padded_head_size(head_size),
+        ROWS=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
+        TILE=plan.tile,
+        RUN=min(block_size, plan.tile),
+        PRECISION=precision_of(q.dtype),
+        DEPENDENT=plan.dependent,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+        **launch,
+    )
+    if plan.shares > 1:
+        merge_kernel[(num_heads, plan.shares - 1)](
+            context_lens,
+            plan.line,
+            plan.tile_seq,
+            plan.tile_left,
+            out,
+            plan.partial_out,
+            plan.partial_lse,
+            H=num_heads,
+            D=head_size,
+            BLOCK_D=padded_head_size(head_size),
+            TILE=plan.tile,
+            PIECES=16,
+            DEPENDENT=plan.dependent,
+            num_warps=1,
+            **launch,
+        )
+    return out

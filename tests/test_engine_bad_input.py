@@ -1,0 +1,396 @@
+"""Bad input: a ValueError that names argument, value and remedy, and nothing is lost.
+
+What concerns config.json and the weights themselves is tested with chapter 2; here they only must
+reach the user through ``LLM`` as they are.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_helpers import VOCAB_SIZE, assert_idle, drain, make_checkpoint, one_thread
+from helpers import edit_json
+
+from minivllm import LLM, LLMEngine, SamplingParams
+from minivllm.engine import model_runner
+from minivllm.engine.config import EngineConfig
+
+# 6 blocks of 16 tokens; the model could do 128.
+CAPACITY = 96
+
+threads = pytest.fixture(autouse=True)(one_thread)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> LLM:
+    return LLM(folder, num_kv_blocks=6, block_size=16, max_num_seqs=4, max_num_batched_tokens=64)
+
+
+@pytest.fixture
+def llm(shared: LLM) -> Iterator[LLM]:
+    """An engine that must serve as well after the test as before."""
+    yield shared
+    assert_idle(shared.engine)
+    before = shared.stats.finished_requests
+    params = SamplingParams(temperature=0, max_tokens=3)
+    assert len(shared.generate([5, 6, 7], params, use_tqdm=False)[0].outputs[0].token_ids) == 3
+    assert shared.stats.finished_requests == before + 1
+
+
+def refuses(message: str, call, *args: object, **settings: object) -> None:
+    """``call`` raises a ValueError whose text, read as one line, matches ``message``."""
+    with pytest.raises(ValueError) as caught:
+        call(*args, **settings)
+    text = str(caught.value)
+    assert re.search(message, text), text
+    assert "\n" not in text
+
+
+# ---------------------------------------------------------------------------- keywords
+
+
+def test_unknown_keywords(folder):
+    refuses(
+        r"unknown argument max_modal_len=9; did you mean 'max_model_len'\?",
+        *(LLM, folder),
+        max_modal_len=9,
+    )
+    refuses(r"unknown argument xyzzy=1; known: .*block_size", LLM, folder, xyzzy=1)
+    refuses(
+        r"unknown argument temprature=0; did you mean 'temperature'\?",
+        SamplingParams,
+        temprature=0,
+    )
+    refuses(r"unknown argument n=2; known: temperature", SamplingParams, n=2)
+
+
+def test_unknown_keywords_of_a_chat(llm):
+    messages = [{"role": "user", "content": "hello"}]
+    refuses(
+        r"temperature=0.5 is no argument of a chat template; give SamplingParams\(temperature",
+        *(llm.chat, messages),
+        temperature=0.5,
+    )
+
+
+def test_a_config_and_keywords(folder):
+    refuses(
+        "config was given, and so were block_size; put them into the config",
+        *(LLMEngine, EngineConfig(model=folder)),
+        block_size=16,
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"block_size": 24}, "block_size=24 must be one of 16, 32, 64, 128, 256"),
+        ({"block_size": 0}, "block_size=0 must be one of"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be an integer of at least 1"),
+        ({"max_num_seqs": True}, "max_num_seqs=True must be an integer"),
+        ({"max_num_batched_tokens": 1.5}, "max_num_batched_tokens=1.5 must be an integer"),
+        ({"max_num_batched_tokens": 8}, "=8 is less than max_num_seqs=256.*raise the first"),
+        ({"max_model_len": -1}, "max_model_len=-1 must be an integer of at least 1"),
+        ({"num_kv_blocks": 0}, "num_kv_blocks=0 must be an integer of at least 1"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 must be"),
+        ({"policy": "fastest"}, "policy='fastest' must be one of prefill_first, mixed"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of auto, float32, float16, bfloat16"),
+        ({"attention_backend": "magic"}, "attention_backend='magic' must be one of auto"),
+        ({"device": "tpu"}, "device='tpu' must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization=0 must be above 0 and at most 1"),
+        ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization=1.1 must be above 0"),
+        ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization=nan must be above 0"),
+        ({"gpu_memory_utilization": "most"}, "gpu_memory_utilization='most' must be above 0"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching='no' must be one of True, False"),
+        ({"max_model_len": 129}, "max_model_len=129 is more than .*max_position_embeddings=128"),
+        (
+            {"max_model_len": 128, "num_kv_blocks": 6, "block_size": 16},
+            "max_model_len=128 is more than the 6 KV blocks of 16 tokens hold; lower it to 96",
+        ),
+        ({"num_kv_blocks": 10**12}, r"num_kv_blocks=10+ blocks take .* GiB.*lower it"),
+    ],
+)
+def test_engine_settings_that_will_not_do(folder, settings, message):
+    refuses(message, LLM, folder, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"temperature": -0.1}, r"temperature=-0.1 must be at least 0 \(0 is greedy\)"),
+        ({"temperature": math.nan}, "temperature=nan must be a finite number"),
+        ({"temperature": math.inf}, "temperature=inf must be a finite number"),
+        ({"temperature": "hot"}, "temperature='hot' must be a finite number"),
+        ({"temperature": None}, "temperature=None must be a finite number"),
+        ({"top_p": 0}, r"top_p=0 must be above 0 and at most 1 \(1 keeps every token\)"),
+        ({"top_p": 1.01}, "top_p=1.01 must be above 0 and at most 1"),
+        ({"top_p": math.nan}, "top_p=nan must be a finite number"),
+        ({"top_p": -math.inf}, "top_p=-inf must be a finite number"),
+        ({"min_p": -0.1}, "min_p=-0.1 must be at least 0 and at most 1"),
+        ({"min_p": 2}, "min_p=2 must be at least 0 and at most 1"),
+        ({"min_p": math.inf}, "min_p=inf must be a finite number"),
+        ({"top_k": -2}, "top_k=-2 must be at least -1"),
+        ({"top_k": 2.0}, "top_k=2.0 must be an integer"),
+        ({"max_tokens": 0}, r"max_tokens=0 must be at least 1 \(None has no limit\)"),
+        ({"max_tokens": 1.5}, "max_tokens=1.5 must be an integer"),
+        ({"seed": 1.5}, "seed=1.5 must be an integer"),
+        ({"logprobs": -1}, "logprobs=-1 must be at least 0 and at most 100"),
+        ({"logprobs": 101}, "logprobs=101 must be at least 0 and at most 100"),
+        ({"logprobs": True}, "logprobs=True must be an integer"),
+        ({"stop": ""}, "stop='' must hold non-empty strings"),
+        ({"stop": ["a", ""]}, r"stop=\['a', ''\] must hold non-empty strings"),
+        ({"stop": [5]}, r"stop=\[5\] must hold non-empty strings"),
+        ({"stop": 5}, "stop=5 must be a list"),
+        ({"stop_token_ids": 5}, "stop_token_ids=5 must be a list"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids=-1 must be at least 0"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids='a' must be an integer"),
+    ],
+)
+def test_sampling_params_that_will_not_do(settings, message):
+    refuses(message, SamplingParams, **settings)
+
+
+# ---------------------------------------------------------------------------- prompts
+
+PROMPTS = [
+    ("", "prompt='' is empty; give at least one token"),
+    ([], r"prompt=\[\] is empty; give at least one token"),
+    ({"prompt_token_ids": []}, r"prompt=.* is empty"),
+    ({"prompt": ""}, "prompt=.* is empty"),
+    ({}, r"prompt=\{\} must have the key 'prompt' or 'prompt_token_ids'"),
+    ({"text": "hello"}, "prompt=.*text.* must have the key 'prompt' or 'prompt_token_ids'"),
+    ({"prompt": None}, "prompt=None must be text or a list of integer token ids"),
+    ({"prompt_token_ids": "hello"}, "prompt=.* text belongs under the key 'prompt'"),
+    ([1, VOCAB_SIZE], f"prompt_token_ids holds {VOCAB_SIZE}, outside .* {VOCAB_SIZE} tokens"),
+    ([1, -1], "prompt_token_ids holds -1, outside the vocabulary"),
+    ([1, 2**70], "prompt_token_ids holds 1180591620717411303424, outside the vocabulary"),
+    ([1.5], r"prompt=\[1.5\] must be text or a list of integer token ids"),
+    ([True], r"prompt=\[True\] must be text or a list of integer"),
+    (b"hello", "prompt=b'hello' must be text or a list of integer token ids"),
+    (None, "prompt=None must be text or a list"),
+    (7.5, "prompt=7.5 must be text or a list"),
+    ([1] * CAPACITY, f"prompt has {CAPACITY} tokens.*{CAPACITY}.*6 KV blocks.*shorten the prompt"),
+    ([1] * 1000, "the prompt has 1000 tokens, and max_model_len=96.*raise .*num_kv_blocks"),
+]
+
+
+@pytest.mark.parametrize("prompt, message", PROMPTS, ids=range(len(PROMPTS)))
+def test_one_bad_prompt_in_a_list(llm, prompt, message):
+    """It is refused before any of the list runs."""
+    steps, arrivals = llm.stats.num_steps, llm.engine._num_arrivals
+    refuses(message, llm.generate, [[1, 2], prompt, "good"], use_tqdm=False)
+    assert llm.stats.num_steps == steps
+    assert llm.engine._num_arrivals == arrivals, "not even queued"
+
+
+@pytest.mark.parametrize("prompt, message", PROMPTS, ids=range(len(PROMPTS)))
+def test_one_bad_prompt_for_the_engine(llm, prompt, message):
+    """It is refused, and those that are being served do not notice."""
+    engine = llm.engine
+    params = SamplingParams(temperature=0, max_tokens=4)
+    engine.add_request("good", [3, 4, 5], params)
+    engine.step()
+    refuses(message, engine.add_request, "bad", prompt, params)
+    assert not engine.is_serving("bad")
+    assert set(drain(engine)) == {"good"}
+
+
+def test_bad_prompts_alone(llm):
+    for prompt in ("", None, 7, b"x", [], [[]], {}):
+        if prompt == []:
+            assert llm.generate(prompt, use_tqdm=False) == [], "no prompts, no outputs"
+        else:
+            refuses("prompt=", llm.generate, prompt, use_tqdm=False)
+    refuses(r"prompt=\[\] is empty", llm.stream, [])
+    refuses(r"prompt=1 must be text", llm.generate, [1, "a"], use_tqdm=False)
+
+
+def test_a_bad_prompt_is_refused_when_the_stream_is_asked_for(llm):
+    refuses("outside the vocabulary", llm.stream, [VOCAB_SIZE])
+
+
+def test_sampling_params_do_not_fit_the_prompts(llm):
+    one = SamplingParams()
+    refuses(
+        "sampling_params has 1 entries for 2 prompts; give one for all, or one for each",
+        *(llm.generate, [[1], [2]], [one]),
+    )
+    refuses("sampling_params=5 must be a SamplingParams", llm.generate, [[1], [2]], 5)
+    refuses("sampling_params=.* must be a SamplingParams", llm.generate, [[1]], [{"top_k": 1}])
+    refuses("sampling_params=.* must be a SamplingParams", llm.stream, [1], {"top_k": 1})
+
+
+def test_stop_tokens_outside_the_vocabulary(llm):
+    params = SamplingParams(stop_token_ids=[VOCAB_SIZE])
+    refuses(f"stop_token_ids holds {VOCAB_SIZE}, outside", llm.generate, [[1]], params)
+
+
+def test_a_request_id_that_is_taken(llm):
+    engine = llm.engine
+    engine.add_request("a", [1], SamplingParams(max_tokens=2))
+    refuses("request_id='a' is still being served", engine.add_request, "a", [2])
+    assert len(drain(engine)["a"].outputs[0].token_ids) == 2
+    engine.add_request("a", [2], SamplingParams(max_tokens=1))
+    assert drain(engine)["a"].prompt_token_ids == [2], "an id may be used again later"
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ("hello", "message 'h' must be a dict with the keys 'role' and 'content'"),
+        ([["hello"]], "message 'hello' must be a dict"),
+        ([{"role": "user"}], "message .*'user'.* must be a dict with the keys"),
+        ([[]], "message None must be a dict"),
+    ],
+)
+def test_conversations_that_will_not_do(llm, messages, message):
+    refuses(message, llm.chat, messages, use_tqdm=False)
+
+
+# ---------------------------------------------------------------------------- without a tokenizer
+
+
+def test_text_without_a_tokenizer(folder):
+    llm = LLM(folder, skip_tokenizer_init=True, num_kv_blocks=4, block_size=16)
+    refuses("prompt='hi' is text, but skip_tokenizer_init=True", llm.generate, "hi")
+    refuses("stop='x' needs text.*use stop_token_ids", llm.generate, [1], SamplingParams(stop="x"))
+    refuses("chat needs a tokenizer", llm.chat, [{"role": "user", "content": "hi"}])
+    assert_idle(llm.engine)
+
+
+def test_a_tokenizer_without_a_chat_template(folder, tmp_path):
+    llm = LLM(folder, num_kv_blocks=4, block_size=16)
+    llm.engine.tokenizer.chat_template = None
+    refuses("no chat template; use generate", llm.chat, [{"role": "user", "content": "hi"}])
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def test_no_such_folder(tmp_path):
+    refuses("model='.*nowhere': no such folder", LLM, tmp_path / "nowhere")
+
+
+def test_a_hub_name_without_a_network(monkeypatch):
+    """The one-line answer to a name that is neither in the cache nor can be fetched."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refuses(
+        "model='nobody/no-such-model' is neither in the local cache nor can it be fetched",
+        *(LLM, "nobody/no-such-model"),
+    )
+
+
+def with_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
+    return {**config, "num_hidden_layers": count, "layer_types": ["full_attention"] * count}
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                (f / "model.safetensors").read_bytes()[:-100]
+            ),
+            "not a readable safetensors file .*truncated",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"pickle" * 100),
+            "not a readable safetensors file",
+        ),
+        (
+            lambda f: edit_json(f / "config.json", lambda c: with_layers(c, 3)),
+            "missing: model.layers.2.input_layernorm.weight",
+        ),
+        (
+            lambda f: edit_json(f / "config.json", lambda c: with_layers(c, 1)),
+            "left over: model.layers.1.input_layernorm.weight",
+        ),
+        (
+            lambda f: edit_json(f / "config.json", lambda c: {**c, "intermediate_size": 96}),
+            r"wrong shape: .*mlp.down_proj.weight is \[48, 112\], the config asks for \[48, 96\]",
+        ),
+        (
+            lambda f: edit_json(f / "config.json", lambda c: {**c, "architectures": ["GPT2"]}),
+            "architecture 'GPT2' is not supported; this package runs Qwen3ForCausalLM",
+        ),
+        (
+            lambda f: (f / "tokenizer.json").write_text("{}"),
+            "no tokenizer that transformers can read.*skip_tokenizer_init=True",
+        ),
+    ],
+    ids=[
+        "no weights",
+        "no config",
+        "truncated",
+        "not safetensors",
+        "missing",
+        "left over",
+        "wrong shape",
+        "architecture",
+        "tokenizer",
+    ],
+)
+def test_damaged_models(folder, tmp_path, damage, message):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    damage(tmp_path)
+    refuses(message, LLM, tmp_path, num_kv_blocks=4)
+
+
+# ---------------------------------------------------------------------------- devices and memory
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_no_gpu_where_one_was_asked_for(folder, device):
+    refuses(
+        f"device='{device}': PyTorch sees no CUDA device here; use device='cpu'",
+        *(LLM, folder),
+        device=device,
+    )
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_not_there(folder):
+    refuses("device='cuda:99': there are only", LLM, folder, device="cuda:99")
+
+
+@pytest.mark.gpu
+def test_too_little_gpu_memory_for_one_block(folder):
+    refuses(
+        "no memory for one KV block: .*raise gpu_memory_utilization",
+        *(LLM, folder),
+        device="cuda",
+        gpu_memory_utilization=1e-6,
+    )
+
+
+def test_too_little_memory_for_one_block(folder, monkeypatch):
+    monkeypatch.setattr(model_runner, "available_host_memory", lambda: 1000)
+    refuses(
+        "no memory for one KV block: it takes .* MiB .*set num_kv_blocks",
+        *(LLM, folder),
+        device="cpu",
+    )
+
+
+# ---------------------------------------------------------------------------- no error at all
+
+
+def test_max_tokens_beyond_the_context_just_ends_there(llm):
+    for prompt in ([1], [1] * 50, [1] * (CAPACITY - 1)):
+        params = SamplingParams(temperature=0, max_tokens=10_000)
+        (output,) = llm.generate(prompt, params, use_tqdm=False)
+        assert output.outputs[0].finish_reason == "length"
+        assert len(prompt) + len(output.outputs[0].token_ids) == CAPACITY
