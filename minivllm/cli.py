@@ -157,7 +157,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enforce-eager", action="store_true", default=None, help="never capture CUDA graphs"
     )
-    group.add_argument("--attention-backend", help="auto (default) or torch")
+    group.add_argument("--attention-backend", help="auto, torch or triton")
     group.add_argument("--seed", type=int, help="seed of the sampler (0)")
 
 

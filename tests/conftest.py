@@ -1,7 +1,6 @@
 """Shared by all tests: the interpreter switch, small random checkpoints, the gpu marker."""
 
 import os
-
 import sys
 from pathlib import Path
 

@@ -14,7 +14,15 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chapters.chapter02_qwen3_model.toy import END, LETTERS, fill_by_hand, spell, tensors, write_toy
+from chapters.chapter02_qwen3_model.toy import (
+    CONFIG,
+    END,
+    LETTERS,
+    fill_by_hand,
+    spell,
+    tensors,
+    write_toy,
+)
 from minivllm.layers.checkpoint import CheckpointSource, new_parameter
 from minivllm.layers.rotary_embedding import RopeScaling
 from minivllm.models.config import ModelConfig
@@ -75,6 +83,15 @@ def test_toy_config(folder: Path) -> None:
         if value != getattr(TOY, field)
     }
     assert not wrong, f"field: (yours, expected) {wrong}"
+
+
+def test_yarn_stretches_the_positions() -> None:
+    """``max_position_embeddings`` may tell the context before YaRN or the longer one."""
+    rope = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    for kind, told, positions in (("yarn", 16, 64), ("yarn", 80, 80), ("linear", 16, 16)):
+        changes = {"rope_parameters": {**rope, "rope_type": kind}, "max_position_embeddings": told}
+        found = ModelConfig.from_hf({**CONFIG, **changes}).max_positions
+        assert found == positions, f"{kind} from 16 times 4, told {told}: max_positions is {found}"
 
 
 # ---------------------------------------------------------------------------- loader

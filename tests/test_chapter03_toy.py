@@ -27,8 +27,9 @@ def toy_cache() -> ContiguousKVCache:
 
 
 def assert_toy(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    rounded = ours.round(decimals=3)
     assert torch.allclose(ours, expected, atol=1e-4), (
-        f"{what} should be\n{expected.tolist()}\nbut is\n{ours.tolist()}"
+        f"{what}\nis        {rounded.tolist()},\nshould be {expected.tolist()}"
     )
 
 

@@ -10,7 +10,7 @@ from minivllm.engine.sampling_params import refuse_unknown
 from minivllm.engine.scheduler import POLICIES
 from minivllm.models.config import DTYPES
 
-ATTENTION_BACKENDS = ("auto", "torch")
+ATTENTION_BACKENDS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class EngineConfig:
     tensor_parallel_size: GPUs to run on.
     dtype: ``auto`` (the checkpoint's on a GPU, float32 on a CPU), ``float32``, ``float16`` or
     ``bfloat16``. device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    attention_backend: ``auto`` is the best for the device; ``torch`` runs everywhere.
+    attention_backend: ``triton``, our kernels; ``torch``, which runs everywhere; ``auto`` takes the
+    first on a GPU, the second on a CPU.
     seed: what the seeds of requests without one are drawn from.
     """
 

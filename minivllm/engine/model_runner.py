@@ -10,6 +10,7 @@ from torch import nn
 
 from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.attention.paged_torch import bind_torch_attention
+from minivllm.attention.paged_triton import TritonAttention, triton_runs_on
 from minivllm.engine.config import EngineConfig
 from minivllm.engine.scheduler import ScheduledSequence, Step
 from minivllm.engine.sequence import Sequence
@@ -58,7 +59,7 @@ class ModelRunner:
         self.device = device
         self.scale = model_config.head_size**-0.5
         self.sampler = Sampler()
-        self.bind_attention: BindAttention = bind_torch_attention
+        self.bind_attention = self._choose_attention(config, max_model_len, dtype)
         num_blocks = config.num_kv_blocks or self._blocks_that_fit(config, max_model_len, dtype)
         try:
             self.cache = PagedKVCache(
@@ -106,6 +107,32 @@ class ModelRunner:
             else TokenLogprobs(row_ids[: 1 + count], row_values[: 1 + count], rank)
             for count, row_ids, row_values, rank in rows
         ]
+
+    def _choose_attention(
+        self, config: EngineConfig, max_model_len: int, dtype: torch.dtype
+    ) -> BindAttention:
+        """The attention backend, once and for all; ValueError if the one asked for cannot run."""
+        backend = config.attention_backend
+        if backend == "auto":
+            on_gpu = self.device.type == "cuda"
+            backend = "triton" if on_gpu and triton_runs_on(self.device) else "torch"
+        if backend == "torch":
+            return bind_torch_attention
+        if not triton_runs_on(self.device):
+            raise ValueError(
+                f"attention_backend='triton' cannot run on {self.device}: it needs Triton and a "
+                "GPU of compute capability 8.0 or later (or, to try kernels on a CPU, the "
+                "environment variable TRITON_INTERPRET=1); use 'torch'"
+            )
+        assert config.block_size is not None
+        return TritonAttention(
+            self.model_config,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=config.block_size,
+            dtype=dtype,
+            device=self.device,
+        )
 
     def _blocks_that_fit(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:
         """As many KV blocks as the memory allows; ValueError if that is not even one."""

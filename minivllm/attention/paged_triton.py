@@ -1,0 +1,99 @@
+"""Attention on pages by our Triton kernels, behind the same seam as the PyTorch path."""
+
+import os
+from importlib.util import find_spec
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import torch
+
+from minivllm.attention.paged import PagedBatch, PagedKVCache
+from minivllm.models.config import ModelConfig
+from minivllm.models.qwen3 import Attend
+
+if TYPE_CHECKING:
+    from minivllm.attention.paged_kernels import PagedDecodePlan
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels can be launched on tensors of ``device``.
+
+    On a GPU from Ampere on; on a CPU only in the interpreter, which is for tests and notebooks.
+    """
+    if find_spec("triton") is None:
+        return False
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TritonAttention:
+    """Binds steps to the kernels; owns the memory that a split decode needs between its parts.
+
+    max_num_seqs: the most sequences in a step; max_model_len: the most tokens of one.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        # Here and below: without Triton, this module must still be importable.
+        from minivllm.attention.paged_kernels import PagedDecodePlan
+
+        self.plan: PagedDecodePlan = PagedDecodePlan(
+            max_num_seqs,
+            -(-max_model_len // block_size),
+            block_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_size,
+            dtype=dtype,
+            device=device,
+        )
+
+    def __call__(self, cache: PagedKVCache, batch: PagedBatch, scale: float) -> Attend:
+        """``attend`` for one step, whose decode rows, if any, come first."""
+        return TritonPagedAttention(self.plan, cache, batch, scale)
+
+
+class TritonPagedAttention:
+    """``attend`` for one step; what does not depend on the layer is prepared here, once."""
+
+    def __init__(
+        self, plan: "PagedDecodePlan", cache: PagedKVCache, batch: PagedBatch, scale: float
+    ) -> None:
+        self.plan = plan
+        self.cache = cache
+        self.batch = batch
+        self.scale = scale
+        self.num_decodes = sum(1 for _ in takewhile(lambda n: n == 1, batch.query_lens))
+        self.max_query_len = max(batch.query_lens)
+        if self.num_decodes:
+            plan.prepare(batch.block_tables[: self.num_decodes], batch.context[: self.num_decodes])
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """q: [T, H, D]; k, v: [T, G, D]. Stores k and v, then attends. Returns [T, H, D]."""
+        from minivllm.attention.paged_kernels import paged_attention, store_kv
+
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        store_kv(k, v, k_cache, v_cache, self.batch.slot_mapping)
+        return paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            self.batch.block_tables,
+            self.batch.cu_query_lens,
+            self.batch.context,
+            scale=self.scale,
+            max_query_len=self.max_query_len,
+            num_decodes=self.num_decodes,
+            plan=self.plan if self.num_decodes else None,
+        )
