@@ -59,7 +59,10 @@ def exact_silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def assert_close(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Equal but for 4 roundings of the largest number in the dtype of ``ours``."""
+    """Equal but for a few roundings of the largest number in the dtype of ``ours``.
+
+    A GPU's float32 division, root and exponential are each off by up to 2 units.
+    """
     assert ours.shape == expected.shape, (
         f"{what} has shape {tuple(ours.shape)}, expected {tuple(expected.shape)}"
     )
@@ -67,7 +70,8 @@ def assert_close(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     assert not missing, f"{what}: {missing} of {ours.numel()} numbers are NaN"
     error = (ours.double() - expected.double()).abs().max().item()
     scale = max(expected.double().abs().max().item(), 1e-30)
-    allowed = 4 * torch.finfo(ours.dtype).eps * scale
+    units = 8 if ours.dtype == torch.float32 else 4
+    allowed = units * torch.finfo(ours.dtype).eps * scale
     assert error <= allowed, f"{what} is off by {error:.3g} where the largest value is {scale:.3g}"
 
 

@@ -38,10 +38,11 @@ def test_toy_dot_products() -> None:
 
 
 def test_naive_attention_on_the_toy() -> None:
-    """One head first: with one-hot values the output is the weights themselves."""
-    q, k = toy.Q[:, :1], toy.K[:, :1]
-    weights = naive_attention(q, k, torch.eye(4)[:, None], toy.SCALE)[:, 0]
-    assert_toy(weights, toy.WEIGHTS, "the weights of query head 0")
+    """With one-hot values, here two keys at a time, the output is the weights themselves."""
+    for keys in (slice(0, 2), slice(2, 4)):
+        one_hot = torch.eye(4)[:, None, keys].expand(-1, 2, -1)
+        weights = naive_attention(toy.Q, toy.K, one_hot, toy.SCALE)[:, 0]
+        assert_toy(weights, toy.WEIGHTS[:, keys], f"what head 0 gives keys {keys.start} and on")
     out = naive_attention(toy.Q, toy.K, toy.V, toy.SCALE)
     for head in range(4):
         assert_toy(out[:, head], toy.OUT[:, head], f"the output of query head {head}")

@@ -161,35 +161,30 @@ def test_decode_does_not_depend_on_the_shares(shares):
     pages = Pages(lengths, 16, 1, 32, torch.float32)
     q = pages.queries([1] * 6, 2)
     plan = make_plan(pages, 2, processors=shares, programs_each=1, tile=16, min_share=1)
-    assert plan.shares == shares
+    assert plan.own_shares == shares
     plan.prepare(pages.tables, pages.context_lens)
-    out = paged.paged_decode(
-        q,
-        pages.k_cache,
-        pages.v_cache,
-        pages.tables,
-        pages.context_lens,
-        scale=0.2,
-        plan=plan,
-        out=poisoned(q),
-    )
-    assert relative_error(out, pages.expected(q, [1] * 6, 0.2)) < 1e-6
-    tiles, share = plan.line.tolist()
-    assert tiles == 2 + 1 + 10 + 1 + 1 + 2
-    assert share == -(-tiles // shares)
-
-
-def test_decode_with_one_very_long_sequence():
-    lengths = [5, 900, 7]
-    pages = Pages(lengths, 64, 1, 32, torch.float32)
-    q = pages.queries([1] * 3, 2)
-    plan = make_plan(pages, 2, processors=8, programs_each=1, min_share=1)
-    plan.prepare(pages.tables, pages.context_lens)
-    # 17 tiles on 8 programs: the long one's 15 are spread, none has more than 3.
-    assert plan.line.tolist() == [17, 3]
     arguments = (q, pages.k_cache, pages.v_cache, pages.tables, pages.context_lens)
     out = paged.paged_decode(*arguments, scale=0.2, plan=plan, out=poisoned(q))
-    assert relative_error(out, pages.expected(q, [1] * 3, 0.2)) < 1e-6
+    assert relative_error(out, pages.expected(q, [1] * 6, 0.2)) < 1e-6
+    tiles = 2 + 1 + 10 + 1 + 1 + 2
+    bounds = plan.bounds.tolist()
+    assert bounds[: shares + 1] == [min(i * -(-tiles // shares), tiles) for i in range(shares + 1)]
+
+
+def test_decode_takes_extra_shares_of_a_long_line():
+    """One very long sequence among short ones, on programs that own 15 of 16 tiles."""
+    lengths = [5, 1600, 7]
+    pages = Pages(lengths, 64, 2, 32, torch.float32)
+    q = pages.queries([1] * 3, 2)
+    plan = make_plan(pages, 2, processors=6, programs_each=1, tile=16, min_share=1)
+    arguments = (q, pages.k_cache, pages.v_cache, pages.tables, pages.context_lens)
+    plan.prepare(pages.tables, pages.context_lens)
+    # 102 tiles for 3 programs: 34 each, of which 2 are left for whoever is done first.
+    assert plan.bounds.tolist() == [0, 32, 64, 96, 97, 98, 99, 100, 101, 102]
+    for _ in range(2):  # the second time finds nothing taken
+        out = paged.paged_decode(*arguments, scale=0.2, plan=plan, out=poisoned(q))
+        assert relative_error(out, pages.expected(q, [1] * 3, 0.2)) < 1e-6
+        assert plan.taken.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("block_size", [16, 64, 128])
@@ -200,7 +195,7 @@ def test_plan_lists_every_tile(block_size):
     plan.prepare(pages.tables, pages.context_lens)
     tiles = [(s, t) for s in range(4) for t in range(0, max(lengths[s], 1), 32)]
     count = len(tiles)
-    assert plan.line[0] == count
+    assert plan.bounds[-1] == count
     assert plan.tile_seq[:count].tolist() == [s for s, _ in tiles]
     assert plan.tile_left[:count].tolist() == [lengths[s] - t for s, t in tiles]
     begins = [sum(lengths[:s]) for s in range(4)]

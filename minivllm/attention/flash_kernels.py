@@ -35,17 +35,17 @@ LOWEST = tl.constexpr(-1e30)
 def attend_to_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, PRECISION: tl.constexpr):
     """Take one tile of keys and values into the running softmax of q's rows.
 
-    q [M, D]; k, v [N, D]; visible [M, N] or [1, N] says who may look at whom. row_max (of scores
-    not yet scaled), row_sum [M] and acc [M, D] are float32.
+    q [M, D]; k, v [N, D]; visible [M, N] or [1, N] says who may look at whom. row_max, row_sum [M]
+    and acc [M, D] are float32.
 
     exp(scale * x) is computed as exp2(scale * log2(e) * x): the chip has an instruction for exp2
-    only. Scaling the maximum and not the scores leaves one multiply-add for each of them.
+    only. The maximum is scaled first, which leaves one multiply-add for each score.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     scores = tl.where(visible, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    shrink = tl.exp2((row_max - new_max) * scale_log2)
-    weights = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
+    shrink = tl.exp2(row_max - new_max)
+    weights = tl.exp2(scores * scale_log2 - new_max[:, None])
     row_sum = row_sum * shrink + tl.sum(weights, axis=1)
     acc = acc * shrink[:, None]
     acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)

@@ -24,25 +24,28 @@ from minivllm.attention.flash_kernels import padded_head_size, shared_memory
 def plan_kernel(
     block_tables_ptr,
     context_lens_ptr,
-    line_ptr,
+    bounds_ptr,
     tile_seq_ptr,
     tile_left_ptr,
     tile_slot_ptr,
     batch,
     table_stride,
-    programs,
-    few_programs,
+    few,
+    OWN: tl.constexpr,
+    EXTRA: tl.constexpr,
     MIN_SHARE: tl.constexpr,
     S: tl.constexpr,
     TILE: tl.constexpr,
     RUN: tl.constexpr,  # tokens that lie side by side in the cache: min(S, TILE)
     BLOCK_B: tl.constexpr,
+    BLOCK_SHARES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program writes down the tiles of one sequence.
+    """One program writes down the tiles of one sequence, the first one also the shares.
 
-    line [2]: tiles in all and in a share. tile_seq, tile_left [tiles]: the sequence, and its tokens
-    from this tile on. tile_slot [tiles, TILE / RUN]: the first slot of each run of tokens.
+    bounds [OWN + EXTRA + 1]: where each share begins, and the number of tiles at the end. tile_seq,
+    tile_left [tiles]: the sequence, and its tokens from this tile on. tile_slot [tiles, TILE / RUN]:
+    the first slot of each run of tokens.
     """
     seq = tl.program_id(0)
     seqs = tl.arange(0, BLOCK_B)
@@ -54,11 +57,17 @@ def plan_kernel(
     if seq == 0:
         total = tl.sum(tiles, axis=0)
         # A short line goes to few programs: every cut costs a merge.
-        share = tl.maximum(
-            tl.cdiv(total, programs), tl.minimum(tl.cdiv(total, few_programs), MIN_SHARE)
-        )
-        tl.store(line_ptr, total)
-        tl.store(line_ptr + 1, share)
+        share = tl.maximum(tl.cdiv(total, OWN), tl.minimum(tl.cdiv(total, few), MIN_SHARE))
+        # Of a long one a sixteenth is nobody's at first, and is taken in small shares by whoever is
+        # done: multiprocessors far from the memory are some per cent slower than others.
+        own = share
+        if share >= 32:
+            own = share - share // 16
+        extra = tl.cdiv(tl.maximum(total - OWN * own, 0), EXTRA)
+        ids = tl.arange(0, BLOCK_SHARES)
+        begins = tl.where(ids < OWN, ids * own, OWN * own + (ids - OWN) * extra)
+        mask = ids <= OWN + EXTRA
+        tl.store(bounds_ptr + ids, tl.minimum(begins, total), mask=mask)
 
     table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
     runs = TILE // RUN
@@ -81,8 +90,10 @@ class PagedDecodePlan:
     graph finds everything at the same addresses. Two decodes that may run at the same time need a
     plan each.
 
-    tile_seq, tile_left: int32 [tiles]; tile_slot: int32 [tiles, TILE / RUN]; line: int32 [2] (see
-    ``plan_kernel``). partial_out: float32 [2 * shares, H, D]; partial_lse: float32 [2 * shares, H].
+    tile_seq, tile_left: int32 [tiles]; tile_slot: int32 [tiles, TILE / RUN]; bounds: int32
+    [shares + 1] (see ``plan_kernel``). taken: int32 [G], how many of the extra shares are taken
+    while a decode runs, 0 otherwise. partial_out: float32 [2 * shares, H, D]; partial_lse: float32
+    [2 * shares, H].
     """
 
     def __init__(
@@ -141,7 +152,8 @@ class PagedDecodePlan:
         self.max_blocks = max_blocks
         self.block_size = block_size
         self.num_kv_heads = num_kv_heads
-        self.shares = max(1, processors * programs_each // num_kv_heads)
+        self.own_shares = max(1, processors * programs_each // num_kv_heads)
+        self.shares = 3 * self.own_shares
         self.few_shares = max(1, processors // num_kv_heads)
         self.min_share = min_share
         self.num_warps = num_warps
@@ -151,7 +163,8 @@ class PagedDecodePlan:
 
         max_tiles = max_batch * max(1, triton.cdiv(max_blocks * block_size, self.tile))
         runs = self.tile // min(block_size, self.tile)
-        self.line = torch.zeros(2, dtype=torch.int32, device=device)
+        self.bounds = torch.zeros(self.shares + 1, dtype=torch.int32, device=device)
+        self.taken = torch.zeros(num_kv_heads, dtype=torch.int32, device=device)
         self.tile_seq = torch.empty(max_tiles, dtype=torch.int32, device=device)
         self.tile_left = torch.empty(max_tiles, dtype=torch.int32, device=device)
         self.tile_slot = torch.empty(max_tiles, runs, dtype=torch.int32, device=device)
@@ -180,19 +193,21 @@ class PagedDecodePlan:
         plan_kernel[(batch,)](
             block_tables,
             context_lens,
-            self.line,
+            self.bounds,
             self.tile_seq,
             self.tile_left,
             self.tile_slot,
             batch,
             block_tables.stride(0),
-            self.shares,
             self.few_shares,
+            OWN=self.own_shares,
+            EXTRA=self.shares - self.own_shares,
             MIN_SHARE=self.min_share,
             S=self.block_size,
             TILE=self.tile,
             RUN=min(self.block_size, self.tile),
             BLOCK_B=triton.next_power_of_2(batch),
+            BLOCK_SHARES=triton.next_power_of_2(self.shares + 1),
             CHUNK=64,
             num_warps=4,
         )

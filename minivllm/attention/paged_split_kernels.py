@@ -44,7 +44,8 @@ def split_decode_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    line_ptr,
+    bounds_ptr,
+    taken_ptr,
     tile_seq_ptr,
     tile_left_ptr,
     tile_slot_ptr,
@@ -54,6 +55,7 @@ def split_decode_kernel(
     q_stride_b,
     q_stride_h,
     scale_log2,
+    SHARES: tl.constexpr,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -64,15 +66,15 @@ def split_decode_kernel(
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program does one share of the line for one KV head."""
+    """One program does one share of the line for one KV head, then any that are still free."""
     if DEPENDENT:
         gdc_wait()
     kv_head = tl.program_id(0)
-    share_id = tl.program_id(1)
-    total = tl.load(line_ptr)
-    share = tl.load(line_ptr + 1)
-    begin = share_id * share
-    end = tl.minimum(begin + share, total)
+    share = tl.program_id(1)
+    begin = tl.load(bounds_ptr + share)
+    end = tl.load(bounds_ptr + share + 1)
+    free = tl.load(bounds_ptr + tl.num_programs(1))
+    total = tl.load(bounds_ptr + SHARES)
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, TILE)
     dims = tl.arange(0, BLOCK_D)[None, :]
@@ -82,7 +84,7 @@ def split_decode_kernel(
     # One number a tile where the tile lies within a block, else one for each row.
     runs = TILE // RUN
     run = cols // RUN if RUN < TILE else 0
-    if begin < end:
+    while begin < end:
         seq = tl.load(tile_seq_ptr + begin)
         left = tl.load(tile_left_ptr + begin)
         slot = tl.load(tile_slot_ptr + begin * runs + run)
@@ -117,9 +119,9 @@ def split_decode_kernel(
                 else:
                     # Of a share only the first piece can lack its beginning, only the last its
                     # end, and so it needs two places at most.
-                    piece = (2 * share_id + from_start.to(tl.int32)) * (G * GROUP) + heads
+                    piece = (2 * share + from_start.to(tl.int32)) * (G * GROUP) + heads
                     tl.store(partial_out_ptr + piece[:, None] * D + dims, result, mask=row_mask)
-                    lse = row_max * scale_log2 + tl.log2(row_sum)
+                    lse = row_max + tl.log2(row_sum)
                     tl.store(partial_lse_ptr + piece, lse, mask=rows < GROUP)
                 next_q = q_ptr + next_seq.to(tl.int64) * q_stride_b + q_head
                 q = tl.load(next_q, mask=row_mask, other=0.0)
@@ -130,6 +132,11 @@ def split_decode_kernel(
             seq = next_seq
             left = next_left
             slot = next_slot
+        begin = end
+        if free < total:
+            share = tl.num_programs(1) + tl.atomic_add(taken_ptr + kv_head, 1)
+            begin = tl.load(bounds_ptr + share, mask=share < SHARES, other=0)
+            end = tl.load(bounds_ptr + share + 1, mask=share < SHARES, other=0)
     if DEPENDENT:
         gdc_launch_dependents()
 
@@ -137,13 +144,17 @@ def split_decode_kernel(
 @triton.jit
 def merge_kernel(
     context_lens_ptr,
-    line_ptr,
+    bounds_ptr,
+    taken_ptr,
     tile_seq_ptr,
     tile_left_ptr,
     out_ptr,
     partial_out_ptr,
     partial_lse_ptr,
+    SHARES: tl.constexpr,
+    BLOCK_SHARES: tl.constexpr,
     H: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
@@ -160,20 +171,26 @@ def merge_kernel(
     """
     head = tl.program_id(0)
     first = tl.program_id(1)
-    total = tl.load(line_ptr)
-    share = tl.load(line_ptr + 1)
-    last_tile = (first + 1) * share - 1
-    if last_tile >= total - 1:
-        return
-    left = tl.load(tile_left_ptr + last_tile)
-    seq = tl.load(tile_seq_ptr + last_tile).to(tl.int64)
+    begin = tl.load(bounds_ptr + first)
+    end = tl.load(bounds_ptr + first + 1)
+    total = tl.load(bounds_ptr + SHARES)
+    # All that is read up to the second wait is older than the kernel in front; the pieces are not.
+    cut = (begin < end) & (end < total)
+    left = tl.load(tile_left_ptr + end - 1, mask=cut, other=0)
+    seq = tl.load(tile_seq_ptr + end - 1, mask=cut, other=0).to(tl.int64)
     length = tl.load(context_lens_ptr + seq)
-    begin = last_tile - (length - left) // TILE
-    if (left <= TILE) | (begin < first * share):
+    seq_begin = end - 1 - (length - left) // TILE
+    if first == 0:
+        if DEPENDENT:
+            gdc_wait()
+        tl.store(taken_ptr + head // GROUP, 0)  # for the next decode
+    if (left <= TILE) | (seq_begin < begin):
         return
-    last = (begin + tl.cdiv(length, TILE) - 1) // share
+    seq_end = seq_begin + tl.cdiv(length, TILE)
+    ids = tl.arange(0, BLOCK_SHARES)
+    bounds = tl.load(bounds_ptr + ids, mask=ids < SHARES, other=seq_end)
+    last = tl.sum((bounds < seq_end).to(tl.int32), axis=0) - 1
     if DEPENDENT:
-        # All that was read so far is older than the kernel in front; the pieces are not.
         gdc_wait()
 
     dims = tl.arange(0, BLOCK_D)
@@ -181,9 +198,9 @@ def merge_kernel(
     weight_sum = 0.0
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in tl.range(first, last + 1, PIECES):
-        share_id = start + tl.arange(0, PIECES)
-        mask = share_id <= last
-        piece = (2 * share_id + (share_id == first).to(tl.int32)) * H + head
+        share = start + tl.arange(0, PIECES)
+        mask = share <= last
+        piece = (2 * share + (share == first).to(tl.int32)) * H + head
         lse = tl.load(partial_lse_ptr + piece, mask=mask, other=float("-inf"))
         piece_mask = mask[:, None] & (dims < D)[None, :]
         piece_at = piece[:, None] * D + dims[None, :]
@@ -249,11 +266,21 @@ def paged_decode(
     if batch == 0:
         return out
     launch = {"launch_pdl": True} if plan.dependent else {}
-    split_decode_kernel[(num_kv_heads, plan.shares)](
+    group = num_heads // num_kv_heads
+    shape = {
+        "SHARES": plan.shares,
+        "GROUP": group,
+        "D": head_size,
+        "BLOCK_D": padded_head_size(head_size),
+        "TILE": plan.tile,
+        "DEPENDENT": plan.dependent,
+    }
+    split_decode_kernel[(num_kv_heads, plan.own_shares)](
         q,
         k_cache,
         v_cache,
-        plan.line,
+        plan.bounds,
+        plan.taken,
         plan.tile_seq,
         plan.tile_left,
         plan.tile_slot,
@@ -263,34 +290,28 @@ def paged_decode(
         *q.stride()[:2],
         scale * LOG2_E,
         G=num_kv_heads,
-        GROUP=num_heads // num_kv_heads,
-        D=head_size,
-        BLOCK_D=padded_head_size(head_size),
-        ROWS=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
-        TILE=plan.tile,
+        ROWS=max(16, triton.next_power_of_2(group)),
         RUN=min(block_size, plan.tile),
         PRECISION=precision_of(q.dtype),
-        DEPENDENT=plan.dependent,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
+        **shape,
         **launch,
     )
-    if plan.shares > 1:
-        merge_kernel[(num_heads, plan.shares - 1)](
-            context_lens,
-            plan.line,
-            plan.tile_seq,
-            plan.tile_left,
-            out,
-            plan.partial_out,
-            plan.partial_lse,
-            H=num_heads,
-            D=head_size,
-            BLOCK_D=padded_head_size(head_size),
-            TILE=plan.tile,
-            PIECES=16,
-            DEPENDENT=plan.dependent,
-            num_warps=1,
-            **launch,
-        )
+    merge_kernel[(num_heads, plan.shares - 1)](
+        context_lens,
+        plan.bounds,
+        plan.taken,
+        plan.tile_seq,
+        plan.tile_left,
+        out,
+        plan.partial_out,
+        plan.partial_lse,
+        BLOCK_SHARES=triton.next_power_of_2(plan.shares),
+        H=num_heads,
+        PIECES=16,
+        num_warps=1,
+        **shape,
+        **launch,
+    )
     return out
