@@ -266,3 +266,13 @@ def test_gpu_ragged_batch_and_a_stray_nan():
     good = torch.ones(len(q), dtype=torch.bool, device=DEVICE)
     good[bad] = False
     assert relative_error(out[good], expected[good]) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 128, 129, 3000])
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_gpu_single_sequence(length, head_size):
+    """Fewer blocks than programs, and a last round that is not full."""
+    q, k, v, cu_seqlens = make_batch([length], 6, 2, head_size, torch.float16)
+    out = kernels.flash_attention(q, k, v, cu_seqlens, scale=0.1, max_seqlen=length)
+    assert relative_error(out, reference(q, k, v, [length], 0.1)) < 1e-3

@@ -48,8 +48,8 @@ LOWEST = gl.constexpr(-1e30)  # see flash_kernels.py
 def work_item(item, work, H: gl.constexpr, PAGED: gl.constexpr, ORDERED: gl.constexpr):
     """Which queries item number ``item`` means: (head, seq, begin, first_row, query_len, length).
 
-    query_len 0 means none. Every other round of the grid runs backwards: whoever got the longest
-    block of one round gets the shortest of the next.
+    query_len and first_row 0 mean none. Every other round of the grid runs backwards: whoever got
+    the longest block of one round gets the shortest of the next.
     """
     cu_query_lens_ptr, context_lens_ptr, order_ptr, batch, entries = work
     programs = gl.num_programs(0)
@@ -64,7 +64,7 @@ def work_item(item, work, H: gl.constexpr, PAGED: gl.constexpr, ORDERED: gl.cons
     else:
         inside = entry < entries
         seq = gl.where(inside, entry % batch, 0)
-        block = (entries - 1 - entry) // batch
+        block = gl.where(inside, (entries - 1 - entry) // batch, 0)
     begin = gl.load(cu_query_lens_ptr + seq)
     query_len = gl.where(inside, gl.load(cu_query_lens_ptr + seq + 1) - begin, 0)
     length = query_len

@@ -43,9 +43,9 @@ def plan_kernel(
 ):
     """One program writes down the tiles of one sequence, the first one also the shares.
 
-    bounds [OWN + EXTRA + 1]: where each share begins, and the number of tiles at the end. tile_seq,
-    tile_left [tiles]: the sequence, and its tokens from this tile on. tile_slot [tiles, TILE / RUN]:
-    the first slot of each run of tokens.
+    bounds [OWN + EXTRA + 1]: where each share begins, and the number of tiles at the end.
+    tile_seq, tile_left [tiles]: the sequence, and its tokens from this tile on.
+    tile_slot [tiles, TILE / RUN]: the first slot of each run of tokens.
     """
     seq = tl.program_id(0)
     seqs = tl.arange(0, BLOCK_B)

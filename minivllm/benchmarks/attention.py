@@ -44,6 +44,7 @@ def bench_prefill(
     records: list[dict[str, Any]] = []
     for length in PREFILL_LENGTHS[device.type]:
         count = PREFILL_TOKENS[device.type] // length
+        print(f"measuring prefill, {count} x {length}", flush=True)
         case = PrefillCase.make(shape, [length] * count, dtype, device)
         calls = _that_run(case.calls(device))
         for name, seconds in harness.time_in_turns(calls, device).items():
@@ -69,6 +70,7 @@ def measure_memory(
     """Peak memory beyond the inputs of one sequence, for every form that can still do it."""
     records: list[dict[str, Any]] = []
     for length in MEMORY_LENGTHS[device.type]:
+        print(f"measuring memory, 1 x {length}", flush=True)
         case = PrefillCase.make(shape, [length], dtype, device)
         calls = case.calls(device)
         if "PyTorch, all scores" not in calls and length <= 16384:
@@ -94,15 +96,16 @@ def bench_decode(
         points["31 x 300, 16384"] = [300] * 31 + [16384]
     records: list[dict[str, Any]] = []
     for point, lengths in points.items():
+        print(f"measuring decode, {point}", flush=True)
         case = DecodeCase.make(shape, lengths, dtype, device, cold_bytes=COLD_BYTES[device.type])
         times = {}
         calls = case.torch_calls()
+        replays: dict[str, harness.Call] = {}
         if on_gpu:
-            graphs = {
-                name: harness.graph_of(layers)
-                for name, layers in case.kernel_calls(case.plan()).items()
+            plan = case.plan()
+            replays = {
+                name: harness.replay_of(layers) for name, layers in case.kernel_calls(plan).items()
             }
-            replays = {name: graph.replay for name, graph in graphs.items()}
             layers = len(case.k_caches)
             in_turns = harness.time_in_turns(replays, device)
             times = {name: seconds / layers for name, seconds in in_turns.items()}
@@ -120,7 +123,8 @@ def bench_decode(
                     "share_of_copy": rate / limits["copy_bytes_per_s"],
                 }
             )
-        case = None  # free its caches before the next one's are made
+        # Gone before the next one's caches are made.
+        del case, calls, replays
     table = _pivot(
         records, "point", lambda r: f"{r['gb_per_s']:.4g} ({r['seconds'] * 1e6:.0f})", down=True
     )
