@@ -22,6 +22,12 @@ ENGINE_FLAGS = (
     "seed",
 )
 
+ATTENTION_BENCHMARKS = {
+    "prefill": "causal attention over prompts: our kernels beside PyTorch's",
+    "decode": "attention of one token a sequence over pages: our kernels beside others",
+    "check": "all attention kernels against float64",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (2 for a user's mistake, told in one line)."""
@@ -29,8 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "demo")
-    options = parser.parse_args(arguments)
     try:
+        if arguments[0] == "bench" and arguments[1:2] and arguments[1] in ATTENTION_BENCHMARKS:
+            # It has flags of its own, and knows them only once PyTorch is imported.
+            from minivllm.benchmarks.attention import main as attention_main
+
+            return attention_main(arguments[1:])
+        options = parser.parse_args(arguments)
         options.run(options)
     except ValueError as error:
         print(f"minivllm: error: {error}", file=sys.stderr)
@@ -123,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     scheduler.add_argument("--requests", type=int, default=100_000, help="how many (100000)")
     _add_output_flag(scheduler)
     scheduler.set_defaults(run=_bench_scheduler)
+    for name, summary in ATTENTION_BENCHMARKS.items():
+        benches.add_parser(name, help=summary)
     return parser
 
 

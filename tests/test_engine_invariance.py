@@ -228,6 +228,7 @@ def test_any_workload_on_a_gpu(lab):
         {"enable_prefix_caching": False},
         {"num_kv_blocks": 6},
         {"num_kv_blocks": 6, "policy": "mixed"},
+        {"attention_backend": "torch"},
     ],
     ids=str,
 )
