@@ -161,48 +161,50 @@ def test_decode_does_not_depend_on_the_shares(shares):
     pages = Pages(lengths, 16, 1, 32, torch.float32)
     q = pages.queries([1] * 6, 2)
     plan = make_plan(pages, 2, processors=shares, programs_each=1, tile=16, min_share=1)
-    assert plan.own_shares == shares
+    assert plan.shares == shares
     plan.prepare(pages.tables, pages.context_lens)
     arguments = (q, pages.k_cache, pages.v_cache, pages.tables, pages.context_lens)
     out = paged.paged_decode(*arguments, scale=0.2, plan=plan, out=poisoned(q))
     assert relative_error(out, pages.expected(q, [1] * 6, 0.2)) < 1e-6
     tiles = 2 + 1 + 10 + 1 + 1 + 2
-    bounds = plan.bounds.tolist()
-    assert bounds[: shares + 1] == [min(i * -(-tiles // shares), tiles) for i in range(shares + 1)]
+    share = -(-tiles // shares)
+    counts = [max(0, min(share, tiles - i * share)) for i in range(shares)]
+    assert plan.share[:, 0].tolist() == counts
 
 
-def test_decode_takes_extra_shares_of_a_long_line():
-    """One very long sequence among short ones, on programs that own 15 of 16 tiles."""
-    lengths = [5, 1600, 7]
-    pages = Pages(lengths, 64, 2, 32, torch.float32)
+def test_decode_with_one_very_long_sequence():
+    lengths = [5, 900, 7]
+    pages = Pages(lengths, 64, 1, 32, torch.float32)
     q = pages.queries([1] * 3, 2)
-    plan = make_plan(pages, 2, processors=6, programs_each=1, tile=16, min_share=1)
-    arguments = (q, pages.k_cache, pages.v_cache, pages.tables, pages.context_lens)
+    plan = make_plan(pages, 2, processors=8, programs_each=1, min_share=1)
     plan.prepare(pages.tables, pages.context_lens)
-    # 102 tiles for 3 programs: 34 each, of which 2 are left for whoever is done first.
-    assert plan.bounds.tolist() == [0, 32, 64, 96, 97, 98, 99, 100, 101, 102]
-    for _ in range(2):  # the second time finds nothing taken
-        out = paged.paged_decode(*arguments, scale=0.2, plan=plan, out=poisoned(q))
-        assert relative_error(out, pages.expected(q, [1] * 3, 0.2)) < 1e-6
-        assert plan.taken.tolist() == [0, 0]
+    # 17 tiles on 8 programs: the long one's 15 are spread, none has more than 3.
+    assert plan.share[:, 0].tolist() == [3, 3, 3, 3, 3, 2, 0, 0]
+    arguments = (q, pages.k_cache, pages.v_cache, pages.tables, pages.context_lens)
+    out = paged.paged_decode(*arguments, scale=0.2, plan=plan, out=poisoned(q))
+    assert relative_error(out, pages.expected(q, [1] * 3, 0.2)) < 1e-6
 
 
 @pytest.mark.parametrize("block_size", [16, 64, 128])
-def test_plan_lists_every_tile(block_size):
+@pytest.mark.parametrize("shares", [1, 4])
+def test_plan_lists_every_tile(block_size, shares):
     lengths = [70, 0, 40, 150]
     pages = Pages(lengths, block_size, 1, 16, torch.float32)
-    plan = make_plan(pages, 1, tile=32)
+    plan = make_plan(pages, 1, processors=shares, programs_each=1, tile=32, min_share=1)
     plan.prepare(pages.tables, pages.context_lens)
     tiles = [(s, t) for s in range(4) for t in range(0, max(lengths[s], 1), 32)]
-    count = len(tiles)
-    assert plan.bounds[-1] == count
-    assert plan.tile_seq[:count].tolist() == [s for s, _ in tiles]
-    assert plan.tile_left[:count].tolist() == [lengths[s] - t for s, t in tiles]
+    share = -(-len(tiles) // shares)
     begins = [sum(lengths[:s]) for s in range(4)]
     run = min(block_size, 32)
-    for row, (s, t) in enumerate(tiles):
+    for index, (s, t) in enumerate(tiles):
+        place = divmod(index, share)
+        assert plan.tile_seq[place] == s
+        assert plan.tile_left[place] == lengths[s] - t
         for i, token in enumerate(range(t, min(t + 32, lengths[s]), run)):
-            assert plan.tile_slot[row, i] == pages.slots[begins[s] + token]
+            assert plan.tile_slot[place][i] == pages.slots[begins[s] + token]
+    for row in range(shares):
+        mine = tiles[row * share : (row + 1) * share]
+        assert plan.share[row].tolist() == [len(mine), int(mine[0][1] == 0)]
 
 
 def test_plan_follows_the_lengths_when_prepared_again():

@@ -129,6 +129,7 @@ def test_engine_settings_that_will_not_do(folder, settings, message):
         ({"temperature": -0.1}, r"temperature=-0.1 must be at least 0 \(0 is greedy\)"),
         ({"temperature": math.nan}, "temperature=nan must be a finite number"),
         ({"temperature": math.inf}, "temperature=inf must be a finite number"),
+        ({"temperature": 10**400}, "temperature=10+ must be a finite number"),
         ({"temperature": "hot"}, "temperature='hot' must be a finite number"),
         ({"temperature": None}, "temperature=None must be a finite number"),
         ({"top_p": 0}, r"top_p=0 must be above 0 and at most 1 \(1 keeps every token\)"),
@@ -361,6 +362,16 @@ def test_no_gpu_where_one_was_asked_for(folder, device):
     )
 
 
+def test_kernels_where_they_cannot_run(folder, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refuses(
+        "attention_backend='triton' cannot run on cpu: .*; use 'torch'",
+        *(LLM, folder),
+        device="cpu",
+        attention_backend="triton",
+    )
+
+
 @pytest.mark.gpu
 def test_a_gpu_that_is_not_there(folder):
     refuses("device='cuda:99': there are only", LLM, folder, device="cuda:99")
@@ -376,6 +387,19 @@ def test_too_little_gpu_memory_for_one_block(folder):
     )
 
 
+@pytest.mark.gpu
+def test_too_little_gpu_memory_for_one_step(folder):
+    refuses(
+        "a step of max_num_batched_tokens=1000000000 tokens and max_num_seqs=1000000000 sequences "
+        "does not fit .*; lower them",
+        *(LLM, folder),
+        device="cuda",
+        attention_backend="torch",
+        max_num_seqs=10**9,
+        max_num_batched_tokens=10**9,
+    )
+
+
 def test_too_little_memory_for_one_block(folder, monkeypatch):
     monkeypatch.setattr(model_runner, "available_host_memory", lambda: 1000)
     refuses(
@@ -386,6 +410,20 @@ def test_too_little_memory_for_one_block(folder, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- no error at all
+
+
+def test_the_largest_values_that_are_allowed_run_beside_others(llm):
+    """What is accepted must not break a step, which would take everybody along."""
+    params = [
+        SamplingParams(temperature=1e300, top_k=10**30, seed=10**30, max_tokens=3),
+        SamplingParams(temperature=2e-5, top_k=3, top_p=1e-300, min_p=1.0, max_tokens=3),
+        SamplingParams(temperature=0, logprobs=100, max_tokens=3),
+        SamplingParams(min_p=1e-300, seed=-(10**30), top_k=VOCAB_SIZE, max_tokens=3),
+    ]
+    outputs = llm.generate([[1]] * 4, params, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [3] * 4
+    greedy = [output.outputs[0].token_ids for output in outputs[1:3]]
+    assert greedy[0] == greedy[1], "hardly any temperature, and the likeliest only"
 
 
 def test_max_tokens_beyond_the_context_just_ends_there(llm):

@@ -248,6 +248,18 @@ def test_each_setting_alone(lab, changes, device):
         assert engine.stats.cached_tokens > 100
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+def test_our_kernels_in_the_interpreter(lab):
+    """The engine on its Triton kernels, as far as a CPU can show it: a prefill and a mixed step."""
+    pytest.importorskip("triton")
+    engine = lab.engine(attention_backend="triton", policy="mixed", max_num_batched_tokens=40)
+    for place in (0, 4, 5):
+        engine.add_request(str(place), PROMPTS[place], greedy(3))
+    finished = drain(engine)
+    for place in (0, 4, 5):
+        assert finished[str(place)].outputs[0].token_ids == lab.alone(PROMPTS[place], 3)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_llm_equals_transformers_for_100_prompts(lab, device):
     # Few lengths, so that transformers can take them in few batches without padding.

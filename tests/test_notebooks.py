@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+
+nbformat = pytest.importorskip("nbformat", reason="needs jupyter, which the dev group brings")
+nbclient = pytest.importorskip("nbclient", reason="needs jupyter, which the dev group brings")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -37,7 +38,7 @@ def test_stored_outputs(file):
 def test_runs(file):
     notebook = nbformat.read(file, as_version=4)
     resources = {"metadata": {"path": str(file.parent)}}
-    client = NotebookClient(notebook, timeout=CELL_TIMEOUT_SECONDS, resources=resources)
+    client = nbclient.NotebookClient(notebook, timeout=CELL_TIMEOUT_SECONDS, resources=resources)
     # Raises CellExecutionError, which shows the cell, if one fails.
     client.execute()
     kinds = {kind for output in _outputs(notebook) for kind in output.get("data", {})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,16 +34,26 @@ def fits_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     )
 
 
+@cache
+def _layout(box: int, head_size: int, dtype: torch.dtype) -> Any:
+    """How ``box`` rows lie in shared memory; working that out takes longer than a launch."""
+    from triton.experimental.gluon import language as gl
+
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([box, head_size], element)
+
+
 def _descriptor(rows: torch.Tensor, box: int) -> Any:
     """What the copy engine knows of rows [T, heads, D]: it moves ``box`` rows of one head."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     num_rows, num_heads, head_size = rows.shape
-    dtype = gl.bfloat16 if rows.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([box, head_size], dtype)
     return TensorDescriptor(
-        rows, [num_rows, num_heads * head_size], [rows.stride(0), 1], [box, head_size], layout
+        rows,
+        [num_rows, num_heads * head_size],
+        [rows.stride(0), 1],
+        [box, head_size],
+        _layout(box, head_size, rows.dtype),
     )
 
 

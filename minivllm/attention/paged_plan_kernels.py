@@ -1,11 +1,12 @@
 """The line of tiles that `paged_split_kernels.py` works on, written down once a step.
 
-For every tile of every sequence: which sequence, where in the cache, and how many tokens are left.
+For every tile of every sequence: which sequence, how many of its tokens are left, and where in the
+cache the tile's tokens are. Row s lists the tiles of share s:
 
-    block tables, S = 64        tile   0    1    2    3    4    5        TILE = 64
-    seq 0  [7, 2]   70 tokens   seq    0    0    1    2    2    2
-    seq 1  [3]      40 tokens   left  70    6   40  150   86   22
-    seq 2  [5, 0, 1] 150        slot 448  128  192  320    0   64
+    block tables, S = 64 = TILE              share 0            share 1
+    seq 0  [7, 2]     70 tokens      seq    0    0    1        2    2    2
+    seq 1  [3]        40 tokens      left  70    6   40      150   86   22
+    seq 2  [5, 0, 1] 150 tokens      slot 448  128  192      320    0   64
 
 All layers of a model read the same list. No number of it comes back to the host and the grids that
 read it depend on the device alone, so a CUDA graph captured once serves all lengths.
@@ -24,15 +25,15 @@ from minivllm.attention.flash_kernels import padded_head_size, shared_memory
 def plan_kernel(
     block_tables_ptr,
     context_lens_ptr,
-    bounds_ptr,
+    share_ptr,
     tile_seq_ptr,
     tile_left_ptr,
     tile_slot_ptr,
     batch,
     table_stride,
-    few,
-    OWN: tl.constexpr,
-    EXTRA: tl.constexpr,
+    most,  # tiles that a share can have: the length of a row
+    shares,
+    few_shares,
     MIN_SHARE: tl.constexpr,
     S: tl.constexpr,
     TILE: tl.constexpr,
@@ -41,46 +42,42 @@ def plan_kernel(
     BLOCK_SHARES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program writes down the tiles of one sequence, the first one also the shares.
+    """One program writes down the tiles of one sequence, the first one also what each share has.
 
-    bounds [OWN + EXTRA + 1]: where each share begins, and the number of tiles at the end.
-    tile_seq, tile_left [tiles]: the sequence, and its tokens from this tile on.
-    tile_slot [tiles, TILE / RUN]: the first slot of each run of tokens.
+    share [shares, 2]: its tiles, and whether the first of them begins its sequence. tile_seq,
+    tile_left [shares, most]: the sequence, and its tokens from this tile on. tile_slot
+    [shares, most, TILE / RUN]: the first slot of each run of tokens.
     """
     seq = tl.program_id(0)
     seqs = tl.arange(0, BLOCK_B)
     lengths = tl.load(context_lens_ptr + seqs, mask=seqs < batch, other=0)
     # A padded row has no tokens but one tile, so that zeros are written for it.
     tiles = tl.where(seqs < batch, tl.maximum(tl.cdiv(lengths, TILE), 1), 0)
+    total = tl.sum(tiles, axis=0)
+    # A short line goes to few programs: every cut costs a merge.
+    share = tl.maximum(tl.cdiv(total, shares), tl.minimum(tl.cdiv(total, few_shares), MIN_SHARE))
+    if seq == 0:
+        ids = tl.arange(0, BLOCK_SHARES)
+        count = tl.minimum(tl.maximum(total - ids * share, 0), share)
+        tl.store(share_ptr + 2 * ids, count, mask=ids < shares)
+
     begin = tl.sum(tl.where(seqs < seq, tiles, 0), axis=0)
     length = tl.load(context_lens_ptr + seq)
-    if seq == 0:
-        total = tl.sum(tiles, axis=0)
-        # A short line goes to few programs: every cut costs a merge.
-        share = tl.maximum(tl.cdiv(total, OWN), tl.minimum(tl.cdiv(total, few), MIN_SHARE))
-        # Of a long one a sixteenth is nobody's at first, and is taken in small shares by whoever is
-        # done: multiprocessors far from the memory are some per cent slower than others.
-        own = share
-        if share >= 32:
-            own = share - share // 16
-        extra = tl.cdiv(tl.maximum(total - OWN * own, 0), EXTRA)
-        ids = tl.arange(0, BLOCK_SHARES)
-        begins = tl.where(ids < OWN, ids * own, OWN * own + (ids - OWN) * extra)
-        mask = ids <= OWN + EXTRA
-        tl.store(bounds_ptr + ids, tl.minimum(begins, total), mask=mask)
-
     table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
     runs = TILE // RUN
     for start in tl.range(0, tl.maximum(length, 1), CHUNK * TILE):
         token = start + tl.arange(0, CHUNK) * TILE
-        tile = begin + token // TILE
         mask = token < tl.maximum(length, 1)
-        tl.store(tile_seq_ptr + tile, tl.zeros_like(tile) + seq, mask=mask)
-        tl.store(tile_left_ptr + tile, length - token, mask=mask)
+        tile = begin + token // TILE
+        place = tile // share * most + tile % share
+        tl.store(tile_seq_ptr + place, tl.zeros_like(tile) + seq, mask=mask)
+        tl.store(tile_left_ptr + place, length - token, mask=mask)
+        starts = (token == 0).to(tl.int32)
+        tl.store(share_ptr + 2 * (tile // share) + 1, starts, mask=mask & (tile % share == 0))
         for run in tl.static_range(TILE // RUN):
             run_token = token + run * RUN
             block = tl.load(table_ptr + run_token // S, mask=run_token < length, other=0)
-            tl.store(tile_slot_ptr + tile * runs + run, block * S + run_token % S, mask=mask)
+            tl.store(tile_slot_ptr + place * runs + run, block * S + run_token % S, mask=mask)
 
 
 class PagedDecodePlan:
@@ -90,10 +87,8 @@ class PagedDecodePlan:
     graph finds everything at the same addresses. Two decodes that may run at the same time need a
     plan each.
 
-    tile_seq, tile_left: int32 [tiles]; tile_slot: int32 [tiles, TILE / RUN]; bounds: int32
-    [shares + 1] (see ``plan_kernel``). taken: int32 [G], how many of the extra shares are taken
-    while a decode runs, 0 otherwise. partial_out: float32 [2 * shares, H, D]; partial_lse: float32
-    [2 * shares, H].
+    share, tile_seq, tile_left, tile_slot: int32, see ``plan_kernel``. partial_out: float32
+    [2 * shares, H, D]; partial_lse: float32 [2 * shares, H].
     """
 
     def __init__(
@@ -140,37 +135,41 @@ class PagedDecodePlan:
             raise ValueError(
                 f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}"
             )
+        on_gpu = device.type == "cuda"
         if processors is None:
-            on_gpu = device.type == "cuda"
             processors = (
                 torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
             )
         # 64 keys of 128 numbers in 16 bits, or as many bytes.
-        self.tile = tile or max(16, 64 * 128 * 2 // (padded_head_size(head_size) * dtype.itemsize))
-        self.tile = min(self.tile, 64)
+        tile = tile or max(16, 64 * 128 * 2 // (padded_head_size(head_size) * dtype.itemsize))
+        self.tile = min(tile, 64)
         self.max_batch = max_batch
         self.max_blocks = max_blocks
         self.block_size = block_size
         self.num_kv_heads = num_kv_heads
-        self.own_shares = max(1, processors * programs_each // num_kv_heads)
-        self.shares = 3 * self.own_shares
+        self.shares = max(1, processors * programs_each // num_kv_heads)
         self.few_shares = max(1, processors // num_kv_heads)
         self.min_share = min_share
         self.num_warps = num_warps
         self.num_stages = num_stages or (3 if shared_memory(device) > 96 * 1024 else 2)
         # Hopper and later can start a kernel while the one in front finishes.
-        self.dependent = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self.dependent = on_gpu and torch.cuda.get_device_capability(device)[0] >= 9
 
         max_tiles = max_batch * max(1, triton.cdiv(max_blocks * block_size, self.tile))
+        most = max(min_share, triton.cdiv(max_tiles, self.shares))
         runs = self.tile // min(block_size, self.tile)
-        self.bounds = torch.zeros(self.shares + 1, dtype=torch.int32, device=device)
-        self.taken = torch.zeros(num_kv_heads, dtype=torch.int32, device=device)
-        self.tile_seq = torch.empty(max_tiles, dtype=torch.int32, device=device)
-        self.tile_left = torch.empty(max_tiles, dtype=torch.int32, device=device)
-        self.tile_slot = torch.empty(max_tiles, runs, dtype=torch.int32, device=device)
+        self.share = torch.zeros(self.shares, 2, dtype=torch.int32, device=device)
+        self.tile_seq = torch.zeros(self.shares, most, dtype=torch.int32, device=device)
+        self.tile_left = torch.zeros_like(self.tile_seq)
+        self.tile_slot = torch.zeros(self.shares, most, runs, dtype=torch.int32, device=device)
         self.partial_out = torch.empty(2 * self.shares, num_heads, head_size, device=device)
         self.partial_lse = torch.empty(2 * self.shares, num_heads, device=device)
         self._prepared: tuple[int, ...] | None = None
+
+    @property
+    def most(self) -> int:
+        """Tiles that a share can have."""
+        return self.tile_seq.shape[1]
 
     def prepare(self, block_tables: torch.Tensor, context_lens: torch.Tensor) -> None:
         """Write down the line for block_tables [B, max_blocks] and context_lens [B], both int32.
@@ -193,21 +192,21 @@ class PagedDecodePlan:
         plan_kernel[(batch,)](
             block_tables,
             context_lens,
-            self.bounds,
+            self.share,
             self.tile_seq,
             self.tile_left,
             self.tile_slot,
             batch,
             block_tables.stride(0),
+            self.most,
+            self.shares,
             self.few_shares,
-            OWN=self.own_shares,
-            EXTRA=self.shares - self.own_shares,
             MIN_SHARE=self.min_share,
             S=self.block_size,
             TILE=self.tile,
             RUN=min(self.block_size, self.tile),
             BLOCK_B=triton.next_power_of_2(batch),
-            BLOCK_SHARES=triton.next_power_of_2(self.shares + 1),
+            BLOCK_SHARES=triton.next_power_of_2(self.shares),
             CHUNK=64,
             num_warps=4,
         )

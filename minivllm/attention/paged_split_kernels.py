@@ -44,20 +44,19 @@ def split_decode_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    bounds_ptr,
-    taken_ptr,
+    share_ptr,
     tile_seq_ptr,
     tile_left_ptr,
     tile_slot_ptr,
     out_ptr,
     partial_out_ptr,
     partial_lse_ptr,
+    most,
     q_stride_b,
     q_stride_h,
     scale_log2,
-    SHARES: tl.constexpr,
     G: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads for each KV head, H / G
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -66,15 +65,15 @@ def split_decode_kernel(
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program does one share of the line for one KV head, then any that are still free."""
+    """One program does one share of the line for one KV head: its row of the list, tile by tile."""
     if DEPENDENT:
         gdc_wait()
+        gdc_launch_dependents()  # the merge may come and look up what it needs
     kv_head = tl.program_id(0)
     share = tl.program_id(1)
-    begin = tl.load(bounds_ptr + share)
-    end = tl.load(bounds_ptr + share + 1)
-    free = tl.load(bounds_ptr + tl.num_programs(1))
-    total = tl.load(bounds_ptr + SHARES)
+    count = tl.load(share_ptr + 2 * share)
+    from_start = tl.load(share_ptr + 2 * share + 1) != 0
+    begin = share * most
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, TILE)
     dims = tl.arange(0, BLOCK_D)[None, :]
@@ -84,12 +83,12 @@ def split_decode_kernel(
     # One number a tile where the tile lies within a block, else one for each row.
     runs = TILE // RUN
     run = cols // RUN if RUN < TILE else 0
-    while begin < end:
-        seq = tl.load(tile_seq_ptr + begin)
-        left = tl.load(tile_left_ptr + begin)
-        slot = tl.load(tile_slot_ptr + begin * runs + run)
-        before = tl.load(tile_seq_ptr + begin - 1, mask=begin > 0, other=-1)
-        from_start = before != seq
+    # Looked up before it is known whether there is such a tile: one wait instead of two.
+    seq = tl.load(tile_seq_ptr + begin)
+    left = tl.load(tile_left_ptr + begin)
+    slot = tl.load(tile_slot_ptr + begin * runs + run)
+    if count > 0:
+        end = begin + count
         q = tl.load(q_ptr + seq.to(tl.int64) * q_stride_b + q_head, mask=row_mask, other=0.0)
         row_max = tl.full([ROWS], LOWEST, tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
@@ -132,29 +131,19 @@ def split_decode_kernel(
             seq = next_seq
             left = next_left
             slot = next_slot
-        begin = end
-        if free < total:
-            share = tl.num_programs(1) + tl.atomic_add(taken_ptr + kv_head, 1)
-            begin = tl.load(bounds_ptr + share, mask=share < SHARES, other=0)
-            end = tl.load(bounds_ptr + share + 1, mask=share < SHARES, other=0)
-    if DEPENDENT:
-        gdc_launch_dependents()
 
 
 @triton.jit
 def merge_kernel(
     context_lens_ptr,
-    bounds_ptr,
-    taken_ptr,
+    share_ptr,
     tile_seq_ptr,
     tile_left_ptr,
     out_ptr,
     partial_out_ptr,
     partial_lse_ptr,
-    SHARES: tl.constexpr,
-    BLOCK_SHARES: tl.constexpr,
+    most,
     H: tl.constexpr,
-    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
@@ -171,27 +160,21 @@ def merge_kernel(
     """
     head = tl.program_id(0)
     first = tl.program_id(1)
-    begin = tl.load(bounds_ptr + first)
-    end = tl.load(bounds_ptr + first + 1)
-    total = tl.load(bounds_ptr + SHARES)
-    # All that is read up to the second wait is older than the kernel in front; the pieces are not.
-    cut = (begin < end) & (end < total)
-    left = tl.load(tile_left_ptr + end - 1, mask=cut, other=0)
-    seq = tl.load(tile_seq_ptr + end - 1, mask=cut, other=0).to(tl.int64)
+    # What is read up to the wait is older than the kernel in front. The pieces are not, and even a
+    # program with nothing to merge must wait: the next kernel takes our end for the end of both.
+    full = tl.load(share_ptr)  # tiles of all shares but the last ones
+    count = tl.load(share_ptr + 2 * first)
+    last_tile = first * most + count - 1
+    left = tl.load(tile_left_ptr + last_tile, mask=count > 0, other=0)
+    seq = tl.load(tile_seq_ptr + last_tile, mask=count > 0, other=0).to(tl.int64)
     length = tl.load(context_lens_ptr + seq)
-    seq_begin = end - 1 - (length - left) // TILE
-    if first == 0:
-        if DEPENDENT:
-            gdc_wait()
-        tl.store(taken_ptr + head // GROUP, 0)  # for the next decode
-    if (left <= TILE) | (seq_begin < begin):
-        return
-    seq_end = seq_begin + tl.cdiv(length, TILE)
-    ids = tl.arange(0, BLOCK_SHARES)
-    bounds = tl.load(bounds_ptr + ids, mask=ids < SHARES, other=seq_end)
-    last = tl.sum((bounds < seq_end).to(tl.int32), axis=0) - 1
+    before = (length - left) // TILE  # tiles of the sequence in front of the last one here
     if DEPENDENT:
         gdc_wait()
+    # Nothing is cut here, or an earlier border cuts it too.
+    if (left <= TILE) | (before >= count):
+        return
+    last = first + (count - 1 - before + tl.cdiv(length, TILE) - 1) // full
 
     dims = tl.arange(0, BLOCK_D)
     top = LOWEST
@@ -268,28 +251,27 @@ def paged_decode(
     launch = {"launch_pdl": True} if plan.dependent else {}
     group = num_heads // num_kv_heads
     shape = {
-        "SHARES": plan.shares,
-        "GROUP": group,
         "D": head_size,
         "BLOCK_D": padded_head_size(head_size),
         "TILE": plan.tile,
         "DEPENDENT": plan.dependent,
     }
-    split_decode_kernel[(num_kv_heads, plan.own_shares)](
+    split_decode_kernel[(num_kv_heads, plan.shares)](
         q,
         k_cache,
         v_cache,
-        plan.bounds,
-        plan.taken,
+        plan.share,
         plan.tile_seq,
         plan.tile_left,
         plan.tile_slot,
         out,
         plan.partial_out,
         plan.partial_lse,
+        plan.most,
         *q.stride()[:2],
         scale * LOG2_E,
         G=num_kv_heads,
+        GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
         RUN=min(block_size, plan.tile),
         PRECISION=precision_of(q.dtype),
@@ -298,20 +280,20 @@ def paged_decode(
         **shape,
         **launch,
     )
-    merge_kernel[(num_heads, plan.shares - 1)](
-        context_lens,
-        plan.bounds,
-        plan.taken,
-        plan.tile_seq,
-        plan.tile_left,
-        out,
-        plan.partial_out,
-        plan.partial_lse,
-        BLOCK_SHARES=triton.next_power_of_2(plan.shares),
-        H=num_heads,
-        PIECES=16,
-        num_warps=1,
-        **shape,
-        **launch,
-    )
+    if plan.shares > 1:
+        merge_kernel[(num_heads, plan.shares - 1)](
+            context_lens,
+            plan.share,
+            plan.tile_seq,
+            plan.tile_left,
+            out,
+            plan.partial_out,
+            plan.partial_lse,
+            plan.most,
+            H=num_heads,
+            PIECES=16,
+            num_warps=1,
+            **shape,
+            **launch,
+        )
     return out

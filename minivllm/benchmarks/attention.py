@@ -47,7 +47,10 @@ def bench_prefill(
         print(f"measuring prefill, {count} x {length}", flush=True)
         case = PrefillCase.make(shape, [length] * count, dtype, device)
         calls = _that_run(case.calls(device))
-        for name, seconds in harness.time_in_turns(calls, device).items():
+        timed = calls
+        if device.type == "cuda":  # the kernels alone; what the host adds is in another column
+            timed = {name: harness.replay_of([call]) for name, call in calls.items()}
+        for name, seconds in harness.time_in_turns(timed, device).items():
             rate = case.operations / seconds
             records.append(
                 {
@@ -55,12 +58,21 @@ def bench_prefill(
                     "length": length,
                     "sequences": count,
                     "seconds": seconds,
+                    "host_seconds": harness.time_host(calls[name], device),
                     "tflop_per_s": rate / 1e12,
                     "share_of_matmul": rate / limits["matmul_flop_per_s"],
                     "peak_bytes": harness.peak_memory(calls[name], device),
                 }
             )
-    table = _pivot(records, "length", lambda r: f"{r['tflop_per_s']:.3g} ({_ms(r['seconds'])})")
+        del case, calls, timed
+    shortest = records[0]["length"]
+    hosts = {r["form"]: r["host_seconds"] or 0.0 for r in records if r["length"] == shortest}
+    table = _pivot(
+        records,
+        "length",
+        lambda r: f"{r['tflop_per_s']:.3g} ({_ms(r['seconds'])})",
+        extra=("host us", {form: f"{seconds * 1e6:.0f}" for form, seconds in hosts.items()}),
+    )
     return f"TFLOP/s (ms), {PREFILL_TOKENS[device.type]} tokens in all, by length\n{table}", records
 
 
@@ -149,8 +161,18 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
 
 
-def _pivot(records: Sequence[dict[str, Any]], column: str, show: Any, *, down: bool = False) -> str:
-    """Forms against ``column``, as a table; ``down`` puts the forms into the columns."""
+def _pivot(
+    records: Sequence[dict[str, Any]],
+    column: str,
+    show: Any,
+    *,
+    down: bool = False,
+    extra: tuple[str, dict[str, str]] | None = None,
+) -> str:
+    """Forms against ``column``, as a table; ``down`` puts the forms into the columns.
+
+    extra: one more column, its head and its cell for each form.
+    """
     forms = list(dict.fromkeys(r["form"] for r in records))
     keys = list(dict.fromkeys(r[column] for r in records))
     cells = {(r["form"], r[column]): show(r) for r in records}
@@ -158,7 +180,11 @@ def _pivot(records: Sequence[dict[str, Any]], column: str, show: Any, *, down: b
         rows = [[key, *(cells.get((form, key), "") for form in forms)] for key in keys]
         return harness.format_table(["", *forms], rows)
     rows = [[form, *(cells.get((form, key), "") for key in keys)] for form in forms]
-    return harness.format_table(["", *map(str, keys)], rows)
+    heads = ["", *map(str, keys)]
+    if extra is not None:
+        heads.append(extra[0])
+        rows = [[*row, extra[1].get(str(row[0]), "")] for row in rows]
+    return harness.format_table(heads, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

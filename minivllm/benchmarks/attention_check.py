@@ -1,9 +1,11 @@
 """Every attention kernel against float64, on fresh random inputs.
 
 For each case: the relative error may be 1.5 times what PyTorch's own attention makes on the same
-input; the output holds NaN before and none after; pages of nobody hold NaN and are neither read nor
-written; rows in front of and behind the output stay as they were. On a CPU the kernels run in
-Triton's interpreter, which wants TRITON_INTERPRET=1 in the environment, on very small cases.
+input (in float32 also two roundings, 2.4e-7: there PyTorch decodes by matrix-vector products that
+sum pairwise, and kernels that sum one by one cannot follow); the output holds NaN before and none
+after; pages of nobody hold NaN and are neither read nor written; rows in front of and behind the
+output stay as they were. On a CPU the kernels run in Triton's interpreter, which wants
+TRITON_INTERPRET=1 in the environment, on very small cases.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from minivllm.benchmarks.attention_cases import prefix_sums
 from minivllm.benchmarks.harness import Call, format_table
 
 MARGIN = 1.5
+TWO_ROUNDINGS = 2 * torch.finfo(torch.float32).eps
 GUARD = 64  # rows before and after an output that must not change
 
 
@@ -252,6 +255,9 @@ def _check_case(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
         untouched = bool(room[:GUARD].isnan().all() and room[-GUARD:].isnan().all())
         for cache, before in zip((inputs.k_cache, inputs.v_cache), kept, strict=True):
             untouched &= torch.equal(cache.view(torch.uint8), before.view(torch.uint8))
-        good = error <= MARGIN * theirs and untouched  # a NaN left over fails the comparison
+        limit = MARGIN * theirs
+        if case.dtype == torch.float32:
+            limit = max(limit, TWO_ROUNDINGS)
+        good = error <= limit and untouched  # a NaN left over fails the comparison
         ratio = error / theirs
         yield {"kernel": name, "case": str(case), "error": error, "ratio": ratio, "good": good}

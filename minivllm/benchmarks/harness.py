@@ -69,6 +69,18 @@ def time_in_turns(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def time_host(call: Call, device: torch.device, *, runs: int = 10) -> float | None:
+    """Median seconds until ``call`` returns, the GPU's work not awaited; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    times = []
+    for _ in range(runs):
+        synchronize(device)
+        times.append(_wall_time(call))
+    synchronize(device)
+    return statistics.median(times)
+
+
 def replay_of(calls: Sequence[Call]) -> Call:
     """``calls`` captured one after the other in one CUDA graph: its replay has no host in it.
 

@@ -161,7 +161,14 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         free_before, total = torch.cuda.mem_get_info(self.device)
         reserved_before = torch.cuda.memory_reserved(self.device)
-        self._run_largest_step(config)
+        try:
+            self._run_largest_step(config)
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"a step of max_num_batched_tokens={config.max_num_batched_tokens} tokens and "
+                f"max_num_seqs={config.max_num_seqs} sequences does not fit into the memory that "
+                f"is left on {self.device}; lower them, or free the GPU"
+            ) from None
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_reserved(self.device)
         torch.cuda.empty_cache()
@@ -272,7 +279,8 @@ def make_sampling_tensors(
 
     top_k = top_p = min_p = None
     if any(0 < p.top_k < vocab_size for p in params):
-        top_k = int64([p.top_k if p.top_k > 0 else vocab_size for p in params])
+        # Larger is allowed, and might not fit into 64 bits.
+        top_k = int64([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params])
     if any(p.top_p < 1 for p in params):
         top_p = float32([p.top_p if p.top_p < 1 else float("inf") for p in params])
     if any(p.min_p > 0 for p in params):

@@ -88,7 +88,13 @@ def _number(
     at_most: float = math.inf,
     hint: str,
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        good = good and math.isfinite(value)
+    except OverflowError:
+        # An integer beyond the range of floating point.
+        good = False
+    if not good:
         raise ValueError(f"{name}={value!r} must be a finite number ({hint})")
     if value < at_least or value <= above or value > at_most:
         lower = f"above {above}" if above > -math.inf else f"at least {at_least}"
