@@ -44,6 +44,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the other kind: a token's text begins with a space, unless it comes first."""
+    tokenizer = Tokenizer(models.BPE(unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["?"], show_progress=False)
+    tokenizer.train_from_iterator(TEXTS * 2, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def make_checkpoint(folder: Path, **changes: Any) -> Path:
     """A random Qwen3 with :func:`byte_tokenizer` beside it; it has no end token of its own."""
     save_checkpoint(tiny_qwen3(vocab_size=VOCAB_SIZE, **changes), folder)

@@ -22,6 +22,7 @@ from engine_helpers import (
     follow_script,
     make_checkpoint,
     one_thread,
+    word_tokenizer,
 )
 from helpers import edit_json, random_prompt
 from hypothesis import given, settings
@@ -820,6 +821,15 @@ def test_any_tokens(token_ids):
 
 
 BYTES = byte_tokenizer()
+
+
+def test_tokens_whose_text_depends_on_the_one_before():
+    tokenizer = word_tokenizer()
+    token_ids = tokenizer.encode(SENTENCE)
+    pieces = [tokenizer.decode([token]) for token in token_ids]
+    assert "".join(pieces) != SENTENCE == tokenizer.decode(token_ids), "alone, they lose spaces"
+    texts = grow(tokenizer, token_ids)
+    assert texts[-1] == SENTENCE and all(SENTENCE.startswith(text) for text in texts)
 
 
 def test_a_character_that_is_never_completed():

@@ -7,7 +7,7 @@ from minivllm import LLM, SamplingParams
 from minivllm.models.hub import EMBEDDED_MODEL
 from minivllm.prompts import DEMO_PROMPTS
 
-GREEDY = SamplingParams(temperature=0, max_tokens=160)
+GREEDY = SamplingParams(temperature=0, max_tokens=400)
 
 
 @pytest.fixture(scope="module")

@@ -295,8 +295,10 @@ def _share(
         for group in alike.values():
             # The newest token's own block is never shared, whatever the tables say.
             end = min((piece.context - 1) // block_size for piece in group)
-            columns = zip(*(tables[piece.row][column:end] for piece in group), strict=True)
-            count = sum(1 for _ in takewhile(lambda blocks: len(set(blocks)) == 1, columns))
+            # Of lists in order, the first and the last differ wherever any two do.
+            alternatives = [tables[piece.row][column:end] for piece in group]
+            both = zip(min(alternatives), max(alternatives), strict=True)
+            count = sum(1 for _ in takewhile(lambda blocks: blocks[0] == blocks[1], both))
             spared = (len(group) - 1) * count * block_size
             if spared < max(MIN_TOKENS_SPARED, 1):
                 order.extend(group)

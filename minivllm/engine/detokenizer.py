@@ -46,8 +46,10 @@ class IncrementalDetokenizer:
         """Take all tokens generated so far; ``finished``: no more will come."""
         if self.stopped_by is not None:
             return
-        for token_id in token_ids[len(self._token_ids) :]:
-            self._token_ids.append(token_id)
+        new = token_ids[len(self._token_ids) :]
+        # Only a stop string has to be noticed at the very token that completes it.
+        for piece in [[token_id] for token_id in new] if self._stop else [new]:
+            self._token_ids += piece
             self._extend(self._new_text())
             if self.stopped_by is not None:
                 return
