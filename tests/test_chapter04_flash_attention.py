@@ -7,8 +7,9 @@ import torch
 
 from minivllm.attention import flash
 
-kernels = pytest.importorskip("minivllm.attention.flash_kernels")
-order_kernels = pytest.importorskip("minivllm.attention.flash_order_kernels")
+pytest.importorskip("triton")
+from minivllm.attention import flash_kernels as kernels
+from minivllm.attention import flash_order_kernels as order_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = kernels.FlashTile(16, 16, 4, 2)

@@ -7,9 +7,10 @@ must be written holds NaN before, and table entries past a sequence's last block
 import pytest
 import torch
 
-paged = pytest.importorskip("minivllm.attention.paged_kernels")
-from minivllm.attention import paged_checks  # noqa: E402
-from minivllm.attention.flash_kernels import FlashTile  # noqa: E402
+pytest.importorskip("triton")
+from minivllm.attention import paged_checks
+from minivllm.attention import paged_kernels as paged
+from minivllm.attention.flash_kernels import FlashTile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -347,6 +348,8 @@ def test_plan_must_fit_and_be_prepared():
     small = paged.PagedDecodePlan(1, 3, 16, 4, 2, 32, dtype=torch.float32, device=DEVICE)
     with pytest.raises(ValueError, match=r"block_tables is \[2, 3\] but .* \[1, 3\]"):
         small.prepare(tables, lengths)
+    with pytest.raises(ValueError, match=r"context_lens has shape \(1,\) but must have \[2\]"):
+        plan.prepare(tables, lengths[:1])
     with pytest.raises(ValueError, match="num_heads=3 must be a multiple of num_kv_heads=2"):
         paged.PagedDecodePlan(1, 3, 16, 3, 2, 32, dtype=torch.float32, device=DEVICE)
 
@@ -375,6 +378,14 @@ def test_debug_mode_finds_a_table_that_leads_outside(monkeypatch, entry, value, 
     arguments[entry].view(-1)[1 if entry == "block_tables" else 0] = value
     with pytest.raises(ValueError, match=message):
         paged.paged_decode(**arguments)
+
+
+def test_debug_mode_keeps_a_plan_from_overflowing(monkeypatch):
+    monkeypatch.setattr(paged_checks, "DEBUG", True)
+    plan = paged.PagedDecodePlan(2, 3, 16, 4, 2, 32, dtype=torch.float32, device=DEVICE)
+    tables = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=r"context_lens\[1\] = 49 needs 4 blocks .* room for 3"):
+        plan.prepare(tables, int32([48, 49]))
 
 
 def test_debug_mode_finds_a_slot_that_leads_outside(monkeypatch):

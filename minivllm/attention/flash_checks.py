@@ -68,7 +68,7 @@ def check_index(
     if tensor.dtype != torch.int32:
         raise ValueError(f"{name} is {tensor.dtype}; it must be int32")
     if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device} but q on {like.device}; move one of them")
+        raise ValueError(f"{name} is on {tensor.device}, the rest on {like.device}; move one")
     if tensor.numel() and tensor.stride(-1) != 1:
         raise ValueError(f"{name} is strided in its last dimension; call {name}.contiguous()")
 

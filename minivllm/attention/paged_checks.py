@@ -116,6 +116,30 @@ def check_paged_inputs(
         _check_tables(k_cache, block_tables, context_lens, cu_query_lens, max_query_len, len(q))
 
 
+def check_plan_inputs(
+    block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int, like: torch.Tensor
+) -> None:
+    """Raise ValueError unless both are int32, of one batch, and on the device of ``like``.
+
+    block_tables: [B, max_blocks]; context_lens: [B]. In debug mode: no sequence is longer than its
+    table.
+    """
+    check_index("block_tables", block_tables, (None, None), like)
+    check_index("context_lens", context_lens, (len(block_tables),), like)
+    if DEBUG and not _capturing(block_tables):
+        _check_lengths(block_tables, context_lens, block_size)
+
+
+def _check_lengths(block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int) -> None:
+    for seq, length in enumerate(context_lens.tolist()):
+        used = -(-length // block_size)
+        if not 0 <= used <= block_tables.shape[1]:
+            raise ValueError(
+                f"context_lens[{seq}] = {length} needs {used} blocks of {block_size} tokens but "
+                f"block_tables has room for {block_tables.shape[1]}"
+            )
+
+
 def _capturing(tensor: torch.Tensor) -> bool:
     """Whether a CUDA graph is being captured, when nothing may be read back."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -131,13 +155,9 @@ def _check_tables(
 ) -> None:
     """Read the tables back and raise ValueError for the first entry that leads outside."""
     num_blocks, tokens = k_cache.shape[:2]
+    _check_lengths(block_tables, context_lens, tokens)
     for seq, length in enumerate(context_lens.tolist()):
         used = -(-length // tokens)
-        if not 0 <= used <= block_tables.shape[1]:
-            raise ValueError(
-                f"context_lens[{seq}] = {length} needs {used} blocks of {tokens} tokens but "
-                f"block_tables has room for {block_tables.shape[1]}"
-            )
         for index, block in enumerate(block_tables[seq, :used].tolist()):
             if not 0 <= block < num_blocks:
                 raise ValueError(

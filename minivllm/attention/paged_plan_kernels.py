@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from minivllm.attention.flash_kernels import padded_head_size, shared_memory
+from minivllm.attention.paged_checks import check_plan_inputs
 
 
 @triton.jit
@@ -105,7 +106,7 @@ class PagedDecodePlan:
         processors: int | None = None,
         programs_each: int = 2,
         tile: int | None = None,
-        min_share: int = 4,
+        min_share: int = 2,
         num_warps: int = 4,
         num_stages: int | None = None,
     ) -> None:
@@ -178,8 +179,10 @@ class PagedDecodePlan:
         like any kernel and reads what is there at the replay.
 
         Raises:
-            ValueError: if the batch or the tables are larger than what the plan was made for.
+            ValueError: if the two do not fit together, or are larger than what the plan was made
+                for.
         """
+        check_plan_inputs(block_tables, context_lens, self.block_size, self.share)
         batch, width = block_tables.shape
         if batch > self.max_batch or width > self.max_blocks:
             raise ValueError(
