@@ -29,6 +29,8 @@ class EngineConfig:
     this engine may fill (on a CPU: of a quarter of the memory that is available).
     enable_prefix_caching: share blocks between equal prefixes.
     enforce_eager: never capture CUDA graphs.
+    async_scheduling: on a GPU, prepare the next step while the last one runs, and read its tokens a
+    step late; False waits for every step. The tokens are the same.
     tensor_parallel_size: GPUs to run on.
     dtype: ``auto`` (the checkpoint's on a GPU, float32 on a CPU), ``float32``, ``float16`` or
     ``bfloat16``. device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -49,6 +51,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    async_scheduling: bool = True
     tensor_parallel_size: int = 1
     dtype: str = "auto"
     device: str = "auto"
@@ -67,7 +70,8 @@ class EngineConfig:
         for name in ("max_model_len", "num_kv_blocks"):
             if getattr(self, name) is not None:
                 self._check_positive(name)
-        for name in ("skip_tokenizer_init", "enable_prefix_caching", "enforce_eager"):
+        switches = ("skip_tokenizer_init", "enable_prefix_caching")
+        for name in (*switches, "enforce_eager", "async_scheduling"):
             self._check_choice(name, (True, False))
         self._check_choice("policy", POLICIES)
         if self.block_size is not None:

@@ -5,14 +5,15 @@ import random
 import time
 from collections.abc import Sequence as Prompts
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.config import EngineConfig
 from minivllm.engine.detokenizer import IncrementalDetokenizer
-from minivllm.engine.model_runner import ModelRunner, TokenLogprobs
+from minivllm.engine.model_runner import ModelRunner, PendingStep, StepResult, TokenLogprobs
 from minivllm.engine.outputs import (
     CompletionOutput,
     EngineStats,
@@ -49,6 +50,14 @@ class Request:
         self.logprobs: list[TokenLogprobs] = []
 
 
+class InFlight(NamedTuple):
+    """A step on its way: ``pending`` has its tokens, ``started`` is when it was scheduled."""
+
+    step: Step
+    pending: PendingStep | None
+    started: float
+
+
 class LLMEngine:
     """Serves many requests at once: :meth:`add_request`, then :meth:`step` until none is left.
 
@@ -73,14 +82,7 @@ class LLMEngine:
             where = self.config.tokenizer
             self.tokenizer = load_tokenizer(folder if where is None else model_folder(where))
         model = load_model(folder, self.model_config, dtype=dtype, device=device)
-        self.runner: ModelRunner | None = ModelRunner(
-            model,
-            self.config,
-            self.model_config,
-            max_model_len=self.max_model_len,
-            dtype=dtype,
-            device=device,
-        )
+        self.runner: ModelRunner | None = self.make_runner(model, dtype, device)
         num_blocks = self.runner.cache.num_blocks
         capacity = num_blocks * self.config.block_size
         if capacity < self.max_model_len:
@@ -106,6 +108,22 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._seeds = random.Random(self.config.seed)
         self._num_arrivals = 0
+        self._overlaps = self.config.async_scheduling and self.runner.overlaps
+        self._in_flight: InFlight | None = None
+        self._last_resolved = 0.0
+
+    def make_runner(
+        self, model: nn.Module, dtype: torch.dtype, device: torch.device
+    ) -> ModelRunner:
+        """The runner of this engine; later chapters put theirs here."""
+        return ModelRunner(
+            model,
+            self.config,
+            self.model_config,
+            max_model_len=self.max_model_len,
+            dtype=dtype,
+            device=device,
+        )
 
     def add_request(
         self,
@@ -183,9 +201,13 @@ class LLMEngine:
 
         Returns the requests that got a token and are streamed, and all that have finished. If the
         step fails, every request is kept, to be computed again, and the error goes on.
+
+        With a runner that overlaps, the step that is scheduled now is only launched, and what comes
+        back are the tokens of the step before it, which ran while this one was being prepared.
         """
         self._check_open()
         if not self.scheduler.has_unfinished:
+            self._in_flight = None
             return []
         assert self.runner is not None
         started = time.perf_counter()
@@ -194,16 +216,43 @@ class LLMEngine:
             metrics = self._requests[item.seq.request_id].metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = started
-        num_decode = sum(item.decodes for item in step.scheduled)
         try:
-            result = self.runner.run(step)
+            if self._overlaps:
+                done, self._in_flight = self._in_flight, self._launch(step, started)
+                result = done.pending.result() if done is not None else None
+            else:
+                done = InFlight(step, None, started)
+                result = self.runner.run(step)
+                self.scheduler.advance(step)
         except BaseException:
+            self._in_flight = None
             self.scheduler.recover()
             raise
-        advanced = self.scheduler.commit(step, result.token_ids)
-        outputs = []
+        if done is None or result is None:
+            return []
         now = time.perf_counter()
-        for seq, logprobs in zip(advanced, result.logprobs, strict=True):
+        outputs = self._take_tokens(done.step, result, now)
+        self._count(done.step, now - max(done.started, self._last_resolved))
+        self._last_resolved = now
+        return outputs
+
+    def _launch(self, step: Step, started: float) -> "InFlight | None":
+        """Send a step to the device; None if nobody can run before the last one's tokens."""
+        if not step.scheduled:
+            return None
+        assert self.runner is not None
+        pending = self.runner.launch(step)
+        self.scheduler.advance(step)
+        return InFlight(step, pending, started)
+
+    def _take_tokens(self, step: Step, result: StepResult, now: float) -> list[RequestOutput]:
+        """Hand a step's tokens to the sequences that sampled them."""
+        outputs = []
+        for seq, token_id, logprobs in zip(
+            step.sampling, result.token_ids, result.logprobs, strict=True
+        ):
+            if not self.scheduler.resolve(seq, token_id):
+                continue
             request = self._requests[seq.request_id]
             if logprobs is not None:
                 request.logprobs.append(logprobs)
@@ -212,7 +261,6 @@ class LLMEngine:
                 outputs.append(self._output(request))
             if seq.finished:
                 self._forget(request)
-        self._count(step, num_decode, time.perf_counter() - started)
         return outputs
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
@@ -252,6 +300,8 @@ class LLMEngine:
         for request_id in list(self._requests):
             self.abort_request(request_id)
         device = self.runner.device
+        self._in_flight = None
+        self.runner.close()
         self.runner = None
         gc.collect()
         if device.type == "cuda":
@@ -377,8 +427,9 @@ class LLMEngine:
             self._stats.prompt_tokens += seq.num_prompt_tokens
             self._stats.cached_tokens += seq.num_cached
 
-    def _count(self, step: Step, num_decode: int, seconds: float) -> None:
+    def _count(self, step: Step, seconds: float) -> None:
         stats = self._stats
+        num_decode = sum(item.decodes for item in step.scheduled)
         num_prefill = step.num_tokens - num_decode
         stats.num_steps += 1
         stats.prefill_tokens += num_prefill

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -41,8 +42,22 @@ class StepResult:
     logprobs: list[TokenLogprobs | None]
 
 
+class PendingStep(Protocol):
+    """A step that the device may not have finished yet."""
+
+    def result(self) -> StepResult:
+        """Wait for the step, and read its tokens."""
+        ...
+
+
 class ModelRunner:
-    """Owns the model and the KV cache of one device."""
+    """Owns the model and the KV cache of one device.
+
+    ``overlaps`` says that :meth:`launch` returns before the step is done, so that the next one can
+    be prepared meanwhile; this plain runner waits.
+    """
+
+    overlaps = False
 
     def __init__(
         self,
@@ -91,6 +106,16 @@ class ModelRunner:
         tokens = self.sampler(logits, params)
         logprobs = self._logprobs(sampling, logits, tokens)
         return StepResult(tokens.tolist(), logprobs)
+
+    def launch(self, step: Step) -> PendingStep:
+        """Start a step whose pending tokens may still be unknown to the host; for :attr:`overlaps`.
+
+        Raises NotImplementedError: this runner reads the tokens of a step before the next begins.
+        """
+        raise NotImplementedError("this runner does not overlap steps; use run")
+
+    def close(self) -> None:
+        """Give back what the device would keep beyond this object's life; here, nothing."""
 
     def _logprobs(
         self, sequences: list[Sequence], logits: torch.Tensor, tokens: torch.Tensor

@@ -7,6 +7,7 @@ preempted from behind them; so the oldest request always makes progress.
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.sequence import Sequence, Status
@@ -14,22 +15,17 @@ from minivllm.engine.sequence import Sequence, Status
 POLICIES = ("prefill_first", "mixed")
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
-    """``num_tokens`` pending tokens of ``seq`` run in this step."""
+class ScheduledSequence(NamedTuple):
+    """``num_tokens`` pending tokens of ``seq`` run in this step.
+
+    samples: whether the step reaches the last token, so that the next one can be chosen.
+    decodes: whether it only turns the newest generated token into the next one.
+    """
 
     seq: Sequence
     num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the last known token, so that the next one can be chosen."""
-        return self.num_tokens == self.seq.num_pending
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it only turns the newest generated token into the next one."""
-        return self.seq.num_pending == 1 and self.seq.num_output_tokens > 0
+    samples: bool
+    decodes: bool
 
 
 @dataclass
@@ -42,6 +38,11 @@ class Step:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.scheduled)
+
+    @property
+    def sampling(self) -> list[Sequence]:
+        """The sequences that get a token, in the order of the tokens."""
+        return [item.seq for item in self.scheduled if item.samples]
 
 
 class Scheduler:
@@ -88,7 +89,11 @@ class Scheduler:
         self.waiting.append(seq)
 
     def schedule(self) -> Step:
-        """Choose the next step. Empty only when no sequence is left."""
+        """Choose the next step.
+
+        Empty when no sequence is left, or when all that are left wait for tokens that a step
+        already chose (see :meth:`advance`).
+        """
         step = Step()
         if self.policy == "mixed":
             self._schedule_decodes(step)
@@ -97,7 +102,7 @@ class Scheduler:
             self._schedule_prefills(step)
             if not step.scheduled:
                 self._schedule_decodes(step)
-        assert step.scheduled or not self.has_unfinished, "no progress"
+        assert step.scheduled or self._all_exhausted(), "no progress"
         return step
 
     def commit(self, step: Step, token_ids: list[int]) -> list[Sequence]:
@@ -106,17 +111,36 @@ class Scheduler:
         token_ids: the new token of every scheduled sequence that samples, in order.
         Returns the sequences that got a token; the finished ones have given back their blocks.
         """
-        tokens = iter(token_ids)
-        advanced = []
-        for item in step.scheduled:
-            seq, samples = item.seq, item.samples
-            seq.num_computed += item.num_tokens
+        self.advance(step)
+        pairs = zip(step.sampling, token_ids, strict=True)
+        return [seq for seq, token_id in pairs if self.resolve(seq, token_id)]
+
+    def advance(self, step: Step) -> None:
+        """Record that ``step`` is on its way: the half of a commit that needs no token's value.
+
+        The device runs steps in order, so the next one can be scheduled before this one's tokens
+        have been read; each gets a place now and its value by :meth:`resolve`.
+        """
+        for seq, num_tokens, samples, _ in step.scheduled:
+            seq.num_computed += num_tokens
             if samples:
-                seq.append(next(tokens))
-                advanced.append(seq)
-                if seq.finished:
-                    self._drop(seq)
-        return advanced
+                seq.reserve()
+
+    def resolve(self, seq: Sequence, token_id: int) -> bool:
+        """Give ``seq`` the token that a step chose for it.
+
+        False if it has finished in the meantime: then the token is nobody's.
+        """
+        if seq.finished:
+            return False
+        seq.resolve(token_id)
+        if seq.finished:
+            if seq.block_table:
+                self._drop(seq)
+            else:
+                # Preempted while the token was on its way.
+                self.waiting.remove(seq)
+        return True
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence wherever it stands, and give back its blocks."""
@@ -130,14 +154,22 @@ class Scheduler:
         """After a step that failed: recompute everything that ran, and trust no cached block."""
         while self.running:
             self._preempt(self.running[-1], Step())
+        for seq in self.waiting:
+            seq.forget_unknown()
         self.block_manager.forget_all()
+
+    def _all_exhausted(self) -> bool:
+        """Whether nobody can run before the tokens that are on their way have come."""
+        return all(seq.exhausted for seq in self.running) and (
+            bool(self.running) or not self.waiting
+        )
 
     def _schedule_decodes(self, step: Step) -> None:
         """Every decoding sequence runs one token, oldest first; the newest make room."""
         index = 0
         while index < len(self.running):
             seq = self.running[index]
-            if seq.num_pending > 1:
+            if seq.num_pending > 1 or seq.exhausted:
                 index += 1
                 continue
             while not self.block_manager.grow(seq, len(seq)):
@@ -171,8 +203,10 @@ class Scheduler:
 
     def _schedule(self, seq: Sequence, budget: int, step: Step) -> int:
         """Run as many pending tokens of ``seq`` as the budget allows; returns how many."""
-        count = min(seq.num_pending, budget)
-        step.scheduled.append(ScheduledSequence(seq, count))
+        pending = seq.num_pending
+        count = min(pending, budget)
+        decodes = pending == 1 and seq.num_output_tokens > 0
+        step.scheduled.append(ScheduledSequence(seq, count, count == pending, decodes))
         # Now, so that the next prompt of this very step finds the blocks that this one fills.
         self.block_manager.cache_full_blocks(seq, seq.num_computed + count)
         return count

@@ -4,6 +4,9 @@ from enum import Enum
 
 from minivllm.engine.sampling_params import SamplingParams
 
+# Stands in a sequence for a token that the device has chosen and the host has not read yet.
+UNKNOWN = -1
+
 
 class Status(Enum):
     """Where a sequence is: in the queue, holding blocks, or done."""
@@ -19,6 +22,9 @@ class Sequence:
     ``token_ids`` is the prompt followed by what was generated. K and V of the first
     ``num_computed`` of them lie in the blocks of ``block_table``; the rest is pending. A running
     sequence with one pending token, the newest, is decoding; with more, it is in its prefill.
+
+    The last ``num_unknown`` tokens may be on their way from the device still: they have a place,
+    and so a position and a slot, but no value yet (:meth:`reserve`, :meth:`resolve`).
 
     arrival: its place in the order of requests; lower is served first and preempted last.
     max_len: the most tokens it may ever hold, prompt included.
@@ -50,6 +56,7 @@ class Sequence:
         self.status = Status.WAITING
         self.finish_reason: str | None = None
         self.num_computed = 0
+        self.num_unknown = 0
         # Tokens whose K and V were found in the prefix cache when it first ran.
         self.num_cached: int | None = None
         self.num_preemptions = 0
@@ -74,12 +81,23 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def num_known(self) -> int:
+        """Tokens whose value the host has."""
+        return len(self.token_ids) - self.num_unknown
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+        """The generated tokens, as far as they are known."""
+        return self.token_ids[self.num_prompt_tokens : self.num_known]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every token that it may generate has a place already, known or not."""
+        return self.num_output_tokens >= self.max_tokens
 
     @property
     def finished(self) -> bool:
@@ -87,13 +105,30 @@ class Sequence:
 
     def append(self, token_id: int) -> None:
         """Add a generated token, and finish if it ends the sequence."""
-        self.token_ids.append(token_id)
+        self.reserve()
+        self.resolve(token_id)
+
+    def reserve(self) -> None:
+        """Make a place for a token that a step will have chosen."""
+        self.token_ids.append(UNKNOWN)
+        self.num_unknown += 1
+
+    def resolve(self, token_id: int) -> None:
+        """Put a token into the first place that waits for one; finish if it ends the sequence."""
+        self.token_ids[-self.num_unknown] = token_id
+        self.num_unknown -= 1
         if token_id in self.end_token_ids:
             self.finish("stop")
-        elif self.num_output_tokens >= self.max_tokens:
+        elif self.num_known - self.num_prompt_tokens >= self.max_tokens:
             self.finish("length")
 
+    def forget_unknown(self) -> None:
+        """Give up the places of tokens that have not come."""
+        del self.token_ids[self.num_known :]
+        self.num_unknown = 0
+
     def finish(self, reason: str) -> None:
-        """reason: ``stop``, ``length`` or ``abort``."""
+        """reason: ``stop``, ``length`` or ``abort``. Tokens that are still to come are dropped."""
+        self.forget_unknown()
         self.status = Status.FINISHED
         self.finish_reason = reason
