@@ -9,9 +9,10 @@ from helpers import TINY, random_prompt, save_checkpoint, tiny_qwen3
 
 from minivllm.attention.paged import PagedKVCache
 from minivllm.engine import model_runner
+from minivllm.engine.batches import make_batch, make_sampling_tensors
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.config import EngineConfig
-from minivllm.engine.model_runner import ModelRunner, make_batch, make_sampling_tensors
+from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.sampling_params import SamplingParams
 from minivllm.engine.scheduler import Scheduler
 from minivllm.engine.sequence import Sequence

@@ -81,14 +81,19 @@ class TritonPagedAttention:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """q: [T, H, D]; k, v: [T, G, D]. Stores k and v, then attends. Returns [T, H, D]."""
-        from minivllm.attention.paged_kernels import paged_attention, store_kv
+        from minivllm.attention.paged_kernels import store_kv
 
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        store_kv(k, v, k_cache, v_cache, self.batch.slot_mapping)
+        store_kv(k, v, self.cache.k[layer], self.cache.v[layer], self.batch.slot_mapping)
+        return self.attend_stored(layer, q)
+
+    def attend_stored(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """The same over keys and values that are in their slots already: q [T, H, D] -> same."""
+        from minivllm.attention.paged_kernels import paged_attention
+
         return paged_attention(
             q,
-            k_cache,
-            v_cache,
+            self.cache.k[layer],
+            self.cache.v[layer],
             self.batch.block_tables,
             self.batch.cu_query_lens,
             self.batch.context,

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from minivllm.engine.batches import TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.config import EngineConfig
 from minivllm.engine.detokenizer import IncrementalDetokenizer
-from minivllm.engine.model_runner import ModelRunner, PendingStep, StepResult, TokenLogprobs
+from minivllm.engine.model_runner import ModelRunner, PendingStep, StepResult
 from minivllm.engine.outputs import (
     CompletionOutput,
     EngineStats,

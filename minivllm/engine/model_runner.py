@@ -12,26 +12,20 @@ from torch import nn
 from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.attention.paged_torch import bind_torch_attention
 from minivllm.attention.paged_triton import TritonAttention, triton_runs_on
+from minivllm.engine.batches import (
+    TokenLogprobs,
+    find_logprobs,
+    make_batch,
+    make_sampling_tensors,
+    to_device,
+)
 from minivllm.engine.config import EngineConfig
-from minivllm.engine.scheduler import ScheduledSequence, Step
-from minivllm.engine.sequence import Sequence
-from minivllm.layers.sampler import Sampler, SamplingTensors, top_logprobs
+from minivllm.engine.scheduler import Step
+from minivllm.layers.sampler import Sampler, SamplingTensors
 from minivllm.models.config import ModelConfig
 from minivllm.models.qwen3 import Attend
 
 BindAttention = Callable[[PagedKVCache, PagedBatch, float], Attend]
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities at one place: the chosen token first, then the likeliest ones.
-
-    rank: the chosen token's, 1 is the likeliest.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +69,7 @@ class ModelRunner:
         self.scale = model_config.head_size**-0.5
         self.sampler = Sampler()
         self.bind_attention = self._choose_attention(config, max_model_len, dtype)
+        self._reserve(config, max_model_len, dtype)
         num_blocks = config.num_kv_blocks or self._blocks_that_fit(config, max_model_len, dtype)
         try:
             self.cache = PagedKVCache(
@@ -92,20 +87,34 @@ class ModelRunner:
     def run(self, step: Step) -> StepResult:
         """Compute all scheduled tokens, and choose the next one wherever a sequence samples."""
         batch = make_batch(step.scheduled, self.cache.block_size, self.device)
-        attend = self.bind_attention(self.cache, batch, self.scale)
-        hidden = self.model(batch.input_ids, batch.positions, attend)
-        sampling = [item.seq for item in step.scheduled if item.samples]
+        hidden = self.forward(batch, self.cache)
+        sampling = step.sampling
         if not sampling:
             return StepResult([], [])
-        ends = list(accumulate(item.num_tokens for item in step.scheduled))
-        last = [end - 1 for end, item in zip(ends, step.scheduled, strict=True) if item.samples]
-        if len(last) < len(hidden):
-            hidden = hidden[torch.tensor(last, device=self.device)]
-        logits = self.model.compute_logits(hidden)
+        logits = self.model.compute_logits(self.last_rows(step, hidden))
         params = make_sampling_tensors(sampling, logits.shape[-1], self.device)
         tokens = self.sampler(logits, params)
-        logprobs = self._logprobs(sampling, logits, tokens)
-        return StepResult(tokens.tolist(), logprobs)
+        return StepResult(tokens.tolist(), find_logprobs(sampling, logits, tokens))
+
+    def forward(self, batch: PagedBatch, cache: PagedKVCache) -> torch.Tensor:
+        """All layers on the T tokens of ``batch``: hidden states [T, E]."""
+        attend = self.bind_attention(cache, batch, self.scale)
+        return self.model(batch.input_ids, batch.positions, attend)
+
+    def last_rows(self, step: Step, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, E] -> the rows of those tokens after which a sequence samples."""
+        ends = list(accumulate(item.num_tokens for item in step.scheduled))
+        last = [end - 1 for end, item in zip(ends, step.scheduled, strict=True) if item.samples]
+        if len(last) == len(hidden):
+            return hidden
+        return hidden[to_device(last, torch.int64, self.device)]
+
+    def _reserve(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> None:
+        """Take the memory that must not go to the KV cache; this runner needs none."""
+
+    def _bytes_to_come(self) -> int:
+        """GPU memory that will be needed once the KV cache is there; this runner needs none."""
+        return 0
 
     def launch(self, step: Step) -> PendingStep:
         """Start a step whose pending tokens may still be unknown to the host; for :attr:`overlaps`.
@@ -116,22 +125,6 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give back what the device would keep beyond this object's life; here, nothing."""
-
-    def _logprobs(
-        self, sequences: list[Sequence], logits: torch.Tensor, tokens: torch.Tensor
-    ) -> list[TokenLogprobs | None]:
-        counts = [seq.params.logprobs for seq in sequences]
-        wanted = [count for count in counts if count is not None]
-        if not wanted:
-            return [None] * len(sequences)
-        ids, values, ranks = top_logprobs(logits, tokens, max(wanted))
-        rows = zip(counts, ids.tolist(), values.tolist(), ranks.tolist(), strict=True)
-        return [
-            None
-            if count is None
-            else TokenLogprobs(row_ids[: 1 + count], row_values[: 1 + count], rank)
-            for count, row_ids, row_values, rank in rows
-        ]
 
     def _choose_attention(
         self, config: EngineConfig, max_model_len: int, dtype: torch.dtype
@@ -199,7 +192,7 @@ class ModelRunner:
         torch.cuda.empty_cache()
         # Weights and everything outside PyTorch's allocator, other processes included, are used.
         used = total - free_before + (peak - reserved_before)
-        return int(total * config.gpu_memory_utilization) - used
+        return int(total * config.gpu_memory_utilization) - used - self._bytes_to_come()
 
     @torch.inference_mode()
     def _run_largest_step(self, config: EngineConfig) -> None:
@@ -227,8 +220,7 @@ class ModelRunner:
             query_lens=(num_tokens,),
             context_lens=(num_tokens,),
         )
-        attend = self.bind_attention(one_layer, batch, self.scale)
-        hidden = self.model(batch.input_ids, batch.positions, attend)
+        hidden = self.forward(batch, one_layer)
         rows = hidden[:1].expand(config.max_num_seqs, -1)
         logits = self.model.compute_logits(rows)
         ones = torch.ones(len(rows), device=self.device)
@@ -246,75 +238,3 @@ def available_host_memory() -> int:
     except (AttributeError, ValueError, OSError):
         # Windows has no sysconf; 8 GiB is what a small laptop has.
         return 8 << 30
-
-
-def make_batch(
-    scheduled: list[ScheduledSequence], block_size: int, device: torch.device
-) -> PagedBatch:
-    """Lay the scheduled tokens of all sequences end to end."""
-    input_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    query_lens: list[int] = []
-    context_lens: list[int] = []
-    longest = max(len(item.seq.block_table) for item in scheduled)
-    tables: list[list[int]] = []
-    for item in scheduled:
-        seq, start = item.seq, item.seq.num_computed
-        end = start + item.num_tokens
-        table = seq.block_table
-        input_ids += seq.token_ids[start:end]
-        positions += range(start, end)
-        slots += [
-            table[position // block_size] * block_size + position % block_size
-            for position in range(start, end)
-        ]
-        query_lens.append(item.num_tokens)
-        context_lens.append(end)
-        tables.append(table + [-1] * (longest - len(table)))
-
-    def int32(values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    return PagedBatch(
-        input_ids=torch.tensor(input_ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        slot_mapping=torch.tensor(slots, device=device),
-        cu_query_lens=int32([0, *accumulate(query_lens)]),
-        context=int32(context_lens),
-        block_tables=int32(tables),
-        query_lens=tuple(query_lens),
-        context_lens=tuple(context_lens),
-    )
-
-
-def make_sampling_tensors(
-    sequences: list[Sequence], vocab_size: int, device: torch.device
-) -> SamplingTensors:
-    """One row for each sequence; what none of them asks for stays None."""
-    params = [seq.params for seq in sequences]
-    if all(p.greedy for p in params):
-        return SamplingTensors()
-
-    def float32(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
-
-    def int64(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    top_k = top_p = min_p = None
-    if any(0 < p.top_k < vocab_size for p in params):
-        # Larger is allowed, and might not fit into 64 bits.
-        top_k = int64([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params])
-    if any(p.top_p < 1 for p in params):
-        top_p = float32([p.top_p if p.top_p < 1 else float("inf") for p in params])
-    if any(p.min_p > 0 for p in params):
-        min_p = float32([p.min_p for p in params])
-    return SamplingTensors(
-        temperature=float32([0.0 if p.greedy else p.temperature for p in params]),
-        seed=int64([seq.seed for seq in sequences]),
-        step=int64([seq.num_output_tokens for seq in sequences]),
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-    )
