@@ -8,17 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minivllm.engine.llm_engine import LLMEngine
     from minivllm.engine.outputs import RequestOutput
     from minivllm.engine.sampling_params import SamplingParams
-    from minivllm.llm import LLM
+    from minivllm.llm import LLM, LLMEngine
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "LLMEngine", "RequestOutput", "SamplingParams"]
 
 _HOMES = {
     "LLM": "minivllm.llm",
-    "LLMEngine": "minivllm.engine.llm_engine",
+    "LLMEngine": "minivllm.llm",
     "RequestOutput": "minivllm.engine.outputs",
     "SamplingParams": "minivllm.engine.sampling_params",
 }

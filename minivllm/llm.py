@@ -7,11 +7,33 @@ from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
-from minivllm.engine.llm_engine import LLMEngine, Prompt
+import torch
+from torch import nn
+
+from minivllm.attention.paged_triton import triton_runs_on
+from minivllm.engine import llm_engine
+from minivllm.engine.llm_engine import Prompt
+from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.outputs import EngineStats, RequestOutput
 from minivllm.engine.sampling_params import SamplingParams
 
 Message = dict[str, str]
+
+
+class LLMEngine(llm_engine.LLMEngine):
+    __doc__ = llm_engine.LLMEngine.__doc__
+
+    def make_runner(
+        self, model: nn.Module, dtype: torch.dtype, device: torch.device
+    ) -> ModelRunner:
+        """On a GPU that our kernels run on, the runner with CUDA graphs; else the plain one."""
+        kernels = self.config.attention_backend != "torch" and triton_runs_on(device)
+        if device.type != "cuda" or not kernels:
+            return super().make_runner(model, dtype, device)
+        # Here, since CPUs have no use for it.
+        from minivllm.engine.graph_runner import GraphRunner
+
+        return self._build(GraphRunner, model, dtype, device)
 
 
 class LLM:

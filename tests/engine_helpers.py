@@ -9,8 +9,9 @@ from helpers import save_checkpoint, tiny_qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minivllm.engine.llm_engine import LLMEngine
-from minivllm.engine.model_runner import StepResult
+from minivllm import LLMEngine
+from minivllm.engine.graph_runner import GraphRunner
+from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.outputs import RequestOutput
 from minivllm.engine.scheduler import Step
 
@@ -94,21 +95,32 @@ def follow_script(engine: LLMEngine, script: Sequence[int]) -> None:
 
 def fail_once(engine: LLMEngine, at_step: int = 0) -> None:
     """Let the step after ``at_step`` more break off once the KV cache has been scribbled over."""
-    runner, right = engine.runner, engine.runner.run
+    runner = engine.runner
+    name = "launch" if runner.overlaps else "run"
+    right = getattr(runner, name)
     left = [at_step]
 
-    def run(step: Step) -> StepResult:
-        if left[0] == 0:
-            left[0] = -1
-            result = right(step)
+    def break_off(step: Step) -> Any:
+        left[0] -= 1
+        result = right(step)
+        if left[0] == -1:
             for item in step.scheduled:
                 runner.cache.k[:, item.seq.block_table] = 1e3
             assert result is not None
             raise RuntimeError("the device caught fire")
-        left[0] -= 1
-        return right(step)
+        return result
 
-    runner.run = run
+    setattr(runner, name, break_off)
+
+
+class OverlappingEngine(LLMEngine):
+    """What a GPU gets, on a CPU: the next step is launched before the last one's tokens are read.
+
+    Nothing is recorded here, so graphs are replayed by doing their work again.
+    """
+
+    def make_runner(self, model: Any, dtype: Any, device: Any) -> ModelRunner:
+        return self._build(GraphRunner, model, dtype, device)
 
 
 def one_thread() -> Iterator[None]:

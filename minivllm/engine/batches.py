@@ -67,8 +67,9 @@ def to_device(
     A copy to a GPU can only be left to itself if it comes from memory that the operating system
     does not move (pinned memory); from any other, PyTorch waits until all earlier work is done.
     """
-    pinned = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def make_sampling_tensors(

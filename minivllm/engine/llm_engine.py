@@ -117,7 +117,12 @@ class LLMEngine:
         self, model: nn.Module, dtype: torch.dtype, device: torch.device
     ) -> ModelRunner:
         """The runner of this engine; later chapters put theirs here."""
-        return ModelRunner(
+        return self._build(ModelRunner, model, dtype, device)
+
+    def _build(
+        self, runner: type[ModelRunner], model: nn.Module, dtype: torch.dtype, device: torch.device
+    ) -> ModelRunner:
+        return runner(
             model,
             self.config,
             self.model_config,

@@ -65,6 +65,11 @@ class SamplingParams:
         object.__setattr__(self, "stop_strings", stop)
 
     @property
+    def reshapes(self) -> bool:
+        """Whether tokens are cut off before one is drawn, which takes more than a temperature."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature < SMALLEST_TEMPERATURE

@@ -1,0 +1,78 @@
+"""The model's forward pass in as few launches as its matrix products allow.
+
+The same mathematics, the same weights and the same order as ``models/qwen3.py``; what stands
+between two matrix products is one kernel:
+
+    add + RMSNorm | qkv | q/k-norm + RoPE + store of K, V | attention | o |
+    add + RMSNorm | gate and up | SiLU-and-mul | down
+
+That is 9 launches a layer (attention takes two when it splits) where the plain form takes about 25.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from minivllm.attention.paged import PagedKVCache
+from minivllm.models.qwen3 import Qwen3ForCausalLM
+
+# (layer, q [T, H, D]) -> [T, H, D], over keys and values that are in the cache already.
+AttendStored = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+class FusedForward:
+    """Runs ``model`` (Qwen3 or Llama) on T tokens."""
+
+    def __init__(self, model: Qwen3ForCausalLM) -> None:
+        # Here, for Triton has no wheel for every machine.
+        from minivllm.engine import fused_kernels
+
+        self.model = model
+        self.kernels = fused_kernels
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        cache: PagedKVCache,
+        attend: AttendStored,
+    ) -> torch.Tensor:
+        """Run T tokens whose keys and values go to their slots of ``cache``.
+
+        input_ids, positions, slot_mapping: int64 [T]. Returns hidden states [T, E].
+        """
+        kernels, decoder = self.kernels, self.model.model
+        table = decoder.rotary.table
+        x = decoder.embed_tokens(input_ids)
+        residual = None
+        for index, layer in enumerate(decoder.layers):
+            norm = layer.input_layernorm
+            if residual is None:
+                x, residual = kernels.rms_norm(x, norm.weight, norm.eps), x
+            else:
+                x, residual = kernels.add_rms_norm(x, residual, norm.weight, norm.eps)
+            attention = layer.self_attn
+            q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+            qkv = attention.qkv_proj
+            q = kernels.qk_norm_rope_store(
+                qkv(x),
+                None if q_norm is None else q_norm.weight,
+                None if k_norm is None else k_norm.weight,
+                0.0 if q_norm is None else q_norm.eps,
+                table,
+                positions,
+                slot_mapping,
+                cache.k[index],
+                cache.v[index],
+                num_heads=qkv.num_heads,
+                num_kv_heads=qkv.num_kv_heads,
+                head_size=qkv.head_size,
+            )
+            x = attention.o_proj(attend(index, q).flatten(1))
+            norm = layer.post_attention_layernorm
+            x, residual = kernels.add_rms_norm(x, residual, norm.weight, norm.eps)
+            x = layer.mlp.down_proj(kernels.silu_and_mul(layer.mlp.gate_up_proj(x)))
+        return kernels.add_rms_norm(x, residual, decoder.norm.weight, decoder.norm.eps)[0]
