@@ -18,6 +18,7 @@ ENGINE_FLAGS = (
     "gpu_memory_utilization",
     "enable_prefix_caching",
     "enforce_eager",
+    "async_scheduling",
     "attention_backend",
     "seed",
 )
@@ -93,6 +94,33 @@ def _bench_scheduler(options: argparse.Namespace) -> None:
     run_scheduler(options.requests, output=options.output)
 
 
+def _bench_throughput(options: argparse.Namespace) -> None:
+    from minivllm.benchmarks.throughput import run_throughput
+
+    run_throughput(
+        _engine_settings(options),
+        shapes=options.shapes,
+        num_requests=options.requests,
+        most=options.most,
+        rounds=options.rounds,
+        profile=options.profile,
+        output=options.output,
+    )
+
+
+def _bench_latency(options: argparse.Namespace) -> None:
+    from minivllm.benchmarks.throughput import run_latency
+
+    run_latency(
+        _engine_settings(options),
+        shapes=options.shapes,
+        batches=options.batch,
+        num_input=options.input,
+        num_output=options.tokens,
+        output=options.output,
+    )
+
+
 def _engine_settings(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in ENGINE_FLAGS}
     return {name: value for name, value in given.items() if value is not None}
@@ -134,9 +162,32 @@ def _parser() -> argparse.ArgumentParser:
     scheduler.add_argument("--requests", type=int, default=100_000, help="how many (100000)")
     _add_output_flag(scheduler)
     scheduler.set_defaults(run=_bench_scheduler)
+    throughput = benches.add_parser(
+        "throughput", help="256 random requests at once: output tokens a second"
+    )
+    throughput.add_argument("--requests", type=int, default=256, help="how many (256)")
+    throughput.add_argument("--most", type=int, default=1024, help="most tokens in and out (1024)")
+    throughput.add_argument("--rounds", type=int, default=2, help="how often all run (2)")
+    throughput.add_argument("--profile", action="store_true", help="also profile decode steps")
+    _add_shapes_flag(throughput)
+    throughput.set_defaults(run=_bench_throughput)
+    latency = benches.add_parser("latency", help="time to the first token and between tokens")
+    latency.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="1 8 32")
+    latency.add_argument("--input", type=int, default=128, help="tokens of a prompt (128)")
+    latency.add_argument("--tokens", type=int, default=256, help="tokens of an answer (256)")
+    _add_shapes_flag(latency)
+    latency.set_defaults(run=_bench_latency)
     for name, summary in ATTENTION_BENCHMARKS.items():
         benches.add_parser(name, help=summary)
     return parser
+
+
+def _add_shapes_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes", metavar="NAME", help="random weights of this model's shapes, e.g. Qwen3-0.6B"
+    )
+    _add_output_flag(parser)
+    _add_engine_flags(parser)
 
 
 def _add_output_flag(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +220,13 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--enforce-eager", action="store_true", default=None, help="never capture CUDA graphs"
+    )
+    group.add_argument(
+        "--no-async-scheduling",
+        dest="async_scheduling",
+        action="store_false",
+        default=None,
+        help="wait for every step before the next is scheduled",
     )
     group.add_argument("--attention-backend", help="auto, torch or triton")
     group.add_argument("--seed", type=int, help="seed of the sampler (0)")

@@ -20,6 +20,8 @@ class EngineConfig:
     model: None for the embedded model, a Hugging Face folder, or a name on the hub.
     tokenizer: another folder or name for the tokenizer; skip_tokenizer_init: run without one, on
     token ids only.
+    load_format: ``auto`` reads the checkpoint; ``dummy`` fills the model with random weights, for
+    benchmarks where only a config.json is at hand.
     max_model_len: the most tokens of a request, prompt included; None is the model's own limit.
     max_num_seqs, max_num_batched_tokens: the most sequences and tokens in a step.
     policy: ``prefill_first`` (throughput) or ``mixed`` (prompts in chunks beside the decodes).
@@ -42,6 +44,7 @@ class EngineConfig:
     model: str | Path | None = None
     tokenizer: str | Path | None = None
     skip_tokenizer_init: bool = False
+    load_format: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
@@ -74,6 +77,7 @@ class EngineConfig:
         for name in (*switches, "enforce_eager", "async_scheduling"):
             self._check_choice(name, (True, False))
         self._check_choice("policy", POLICIES)
+        self._check_choice("load_format", ("auto", "dummy"))
         if self.block_size is not None:
             self._check_choice("block_size", (16, 32, 64, 128, 256))
         self._check_choice("dtype", ("auto", *DTYPES))

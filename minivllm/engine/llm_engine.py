@@ -27,7 +27,7 @@ from minivllm.engine.scheduler import Scheduler, Step
 from minivllm.engine.sequence import Sequence
 from minivllm.models.config import ModelConfig
 from minivllm.models.hub import model_folder
-from minivllm.models.loader import load_model
+from minivllm.models.loader import load_model, random_model
 
 Prompt = str | list[int] | dict[str, Any]
 
@@ -82,7 +82,10 @@ class LLMEngine:
         if not self.config.skip_tokenizer_init:
             where = self.config.tokenizer
             self.tokenizer = load_tokenizer(folder if where is None else model_folder(where))
-        model = load_model(folder, self.model_config, dtype=dtype, device=device)
+        if self.config.load_format == "dummy":
+            model = random_model(self.model_config, dtype=dtype, device=device)
+        else:
+            model = load_model(folder, self.model_config, dtype=dtype, device=device)
         self.runner: ModelRunner | None = self.make_runner(model, dtype, device)
         num_blocks = self.runner.cache.num_blocks
         capacity = num_blocks * self.config.block_size
@@ -225,19 +228,23 @@ class LLMEngine:
         try:
             if self._overlaps:
                 done, self._in_flight = self._in_flight, self._launch(step, started)
+                launched = time.perf_counter()
                 result = done.pending.result() if done is not None else None
             else:
                 done = InFlight(step, None, started)
                 result = self.runner.run(step)
+                launched = time.perf_counter()
                 self.scheduler.advance(step)
         except BaseException:
             self._in_flight = None
             self.scheduler.recover()
             raise
+        now = time.perf_counter()
+        self._stats.host_seconds += launched - started
         if done is None or result is None:
             return []
-        now = time.perf_counter()
         outputs = self._take_tokens(done.step, result, now)
+        self._stats.host_seconds += time.perf_counter() - now
         self._count(done.step, now - max(done.started, self._last_resolved))
         self._last_resolved = now
         return outputs

@@ -72,6 +72,8 @@ class EngineStats:
     """What an engine has done since it started; times in seconds.
 
     A step that runs prompts and decodes together shares its time between both by tokens.
+    host_seconds: the host's own work, that is, all but waiting for the device. (Without overlap
+    the time of the step itself is in it, since launching and waiting cannot be told apart.)
     """
 
     num_steps: int = 0
@@ -79,6 +81,7 @@ class EngineStats:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    host_seconds: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     num_preemptions: int = 0

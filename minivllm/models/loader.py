@@ -89,7 +89,12 @@ class Checkpoint:
         self._stack.close()
 
     def check_fit(self, model: nn.Module) -> None:
-        """ValueError naming every tensor that is missing, left over or of the wrong shape."""
+        """Compare what the layers of ``model`` want with the headers of the files.
+
+        Raises one ValueError that names every tensor that does not fit, sorted by name, in this
+        form, without the kinds that do not occur: "missing: a, b; left over: c; wrong shape: d is
+        [5, 4], the config asks for [4, 5]". What :data:`IGNORED` ends is never left over.
+        """
         wanted = {source.name: source.shape for source in checkpoint_sources(model)}
         missing = [name for name in wanted if name not in self._files]
         left_over = [
@@ -142,6 +147,25 @@ def load_model(
         checkpoint.check_fit(cls(config, device="meta"))
         model = cls(config, dtype=dtype or config.dtype, device=device)
         checkpoint.fill(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def random_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> nn.Module:
+    """The model of ``config`` with random weights: matrices normal with deviation 0.02, norms 1."""
+    model = model_class(config.architecture)(config, dtype=dtype or config.dtype, device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.02, generator=generator)
+        else:
+            parameter.fill_(1)
     return model.eval()
 
 

@@ -1,0 +1,93 @@
+"""Where the time of a decode step goes: kernels, busy time and gaps, from PyTorch's profiler."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from minivllm.engine.sampling_params import SamplingParams
+from minivllm.llm import LLM
+
+# Which kernels count as what, by a part of their names; the first that fits.
+PARTS = {
+    "attention": ("decode", "merge", "plan_kernel", "prefill", "flash", "attention"),
+    "sampling": ("sample", "argmax"),
+    "norm, RoPE, activation": ("norm", "rope", "silu"),
+    "rows": ("begin_step", "finish_step", "apply_updates"),
+    "matrix products": ("gemm", "cutlass", "nvjet", "gemv", "matvec", "skinny", "splitK", "cublas"),
+    "copies": ("memcpy", "memset", "copy"),
+}
+
+
+def profile_decode(llm: LLM, batch: int, context: int, steps: int = 30) -> dict[str, Any]:
+    """Profile ``steps`` decode steps of ``batch`` sequences whose contexts are about ``context``.
+
+    Returns, for one step: milliseconds from step to step, busy milliseconds of the GPU, its idle
+    share, the number of kernels, and busy milliseconds by part and by kernel.
+    """
+    engine = llm.engine
+    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=steps + 60)
+    for place in range(batch):
+        engine.add_request(str(place), [1 + place % 1000] * (context - steps // 2), params)
+    # Until all decode, and some steps more.
+    while any(seq.num_output_tokens < 4 for seq in engine.scheduler.running) or (
+        engine.scheduler.waiting
+    ):
+        engine.step()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+    for place in range(batch):
+        engine.abort_request(str(place))
+    spans = []
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans.append((event.time_range.start, event.time_range.end, event.name))
+    return summarise(sorted(spans), steps)
+
+
+def summarise(spans: list[tuple[float, float, str]], steps: int) -> dict[str, Any]:
+    """spans: (start, end, name) in microseconds, ascending, of ``steps`` steps."""
+    if not spans:
+        return {}
+    busy = 0.0
+    end = spans[0][0]
+    parts: dict[str, float] = defaultdict(float)
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for start, stop, name in spans:
+        # Kernels overlap where one is launched while its predecessor ends: count time once.
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+        parts[part_of(name)] += stop - start
+        kernels[name].append(stop - start)
+    total = end - spans[0][0]
+    slowest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:16]
+    return {
+        "step_ms": total / steps / 1e3,
+        "busy_ms": busy / steps / 1e3,
+        "idle_share": 1 - busy / total,
+        "kernels_a_step": len(spans) / steps,
+        "parts_ms": {part: value / steps / 1e3 for part, value in sorted(parts.items())},
+        "kernels": [
+            {
+                "name": name[:80],
+                "a_step": len(times) / steps,
+                "us_each": sum(times) / len(times),
+                "ms_a_step": sum(times) / steps / 1e3,
+            }
+            for name, times in slowest
+        ],
+    }
+
+
+def part_of(name: str) -> str:
+    """The part of a step that a kernel belongs to."""
+    low = name.lower()
+    for part, words in PARTS.items():
+        if any(word.lower() in low for word in words):
+            return part
+    return "other"

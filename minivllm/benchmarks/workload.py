@@ -1,0 +1,135 @@
+"""The field's usual workload, what it must move and compute, and whether an engine did it right."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minivllm.engine.outputs import RequestOutput
+from minivllm.models.config import ModelConfig
+from minivllm.models.generate import borrowed_attention
+
+
+@dataclass(frozen=True)
+class Workload:
+    """prompts: token ids; max_tokens: how many each gets, whatever it generates."""
+
+    prompts: list[list[int]]
+    max_tokens: list[int]
+
+    @property
+    def num_input_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(self.max_tokens)
+
+
+def usual_workload(
+    num_requests: int = 256, most: int = 1024, seed: int = 0, vocab_size: int = 10001
+) -> Workload:
+    """Random prompts and answers of 100 to ``most`` tokens each, of the first 10,001 tokens.
+
+    With the defaults this is the workload by which small engines compare themselves (nano-vllm's
+    bench.py): 142,827 tokens in, 133,966 out.
+    """
+    rng = random.Random(seed)
+    least, top = min(100, most), min(10000, vocab_size - 1)
+    prompts = [
+        [rng.randint(0, top) for _ in range(rng.randint(least, most))] for _ in range(num_requests)
+    ]
+    return Workload(prompts, [rng.randint(least, most) for _ in range(num_requests)])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a workload asks of a machine, however well it is served.
+
+    kv_bytes: keys and values read by decode steps. weight_bytes: weights, once a decode step.
+    flop: multiplications and additions of all tokens.
+    """
+
+    kv_bytes: float
+    weight_bytes: float
+    flop: float
+
+    def seconds(self, bytes_per_s: float, flop_per_s: float) -> float:
+        """The least time for it: decode moves at bandwidth, prompts compute at the peak rate."""
+        return (self.kv_bytes + self.weight_bytes) / bytes_per_s + self.flop / flop_per_s
+
+
+def work_of(workload: Workload, config: ModelConfig, dtype: torch.dtype) -> Work:
+    """Count it: everybody decodes together, so steps are as many as the longest answer."""
+    size = dtype.itemsize
+    kv_token = 2 * config.num_layers * config.num_kv_heads * config.head_size * size
+    params = matrix_parameters(config)
+    steps = max(workload.max_tokens)
+    contexts = flop = 0.0
+    for prompt, count in zip(workload.prompts, workload.max_tokens, strict=True):
+        n = len(prompt)
+        # The prompt's own pass chooses the first token; each further one reads all before it.
+        contexts += sum(range(n + 1, n + count))
+        tokens = n + count - 1
+        scores = config.num_layers * config.num_heads * config.head_size * tokens * (tokens + 1) / 2
+        flop += 2 * params * tokens + 4 * scores
+    return Work(contexts * kv_token, steps * params * size, flop)
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Weights that every decode step reads: all matrices, the head among them."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_size
+    layer = config.hidden_size * (heads + 3 * config.intermediate_size)
+    return config.num_layers * layer + config.vocab_size * config.hidden_size
+
+
+@torch.inference_mode()
+def check_greedy(model: Any, outputs: list[RequestOutput]) -> dict[str, float]:
+    """Compare greedy answers with the plain model (chapter 2, no kernel of ours) in float32.
+
+    The plain model reads each prompt and answer as a whole. A token agrees if it is the likeliest,
+    or if it falls short of it by no more than 16-bit rounding moves a logit: three times the
+    largest difference between the plain model's own logits in its dtype and in float32.
+    Returns the shares of tokens that are the likeliest and that agree, and both distances.
+    """
+    attend = borrowed_attention(model.config.head_size**-0.5)
+    device = model.lm_head.weight.device
+    total = likeliest = 0
+    worst = noise = 0.0
+    for output in outputs:
+        answer = output.outputs[0].token_ids
+        token_ids = output.prompt_token_ids + answer[:-1]
+        ids = torch.tensor(token_ids, device=device)
+        positions = torch.arange(len(ids), device=device)
+        start = len(output.prompt_token_ids) - 1
+        plain = model.compute_logits(model(ids, positions, attend)[start:]).float()
+        exact = _float32_logits(model, ids, positions)[start:]
+        chosen = exact.gather(1, torch.tensor(answer, device=device)[:, None])[:, 0]
+        short = exact.amax(dim=1) - chosen
+        worst = max(worst, float(short.max()))
+        noise = max(noise, float((plain - exact).abs().max()))
+        likeliest += int((short == 0).sum())
+        total += len(answer)
+    return {
+        "tokens": total,
+        "likeliest_share": likeliest / total,
+        "worst_shortfall": worst,
+        "rounding_of_plain_model": noise,
+        "agrees": float(worst <= 3 * noise + 1e-5),
+    }
+
+
+def _float32_logits(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The plain model's logits [T, V] computed in float32 from the same weights."""
+    wide = getattr(model, "_float32_twin", None)
+    if wide is None:
+        config = model.config
+        wide = type(model)(config, dtype=torch.float32, device=ids.device)
+        wide.load_state_dict(model.state_dict())
+        # Kept beside the model, not in it: it is no part of what the engine runs.
+        object.__setattr__(model, "_float32_twin", wide)
+    attend = borrowed_attention(model.config.head_size**-0.5)
+    return wide.compute_logits(wide(ids, positions, attend))
