@@ -50,7 +50,8 @@ class Work:
     """What a workload asks of a machine, however well it is served.
 
     kv_bytes: keys and values read by decode steps. weight_bytes: weights, once a decode step.
-    flop: multiplications and additions of all tokens.
+    flop: multiplications and additions of the prompts. (Those of decode steps fit into the time
+    that their bytes take.)
     """
 
     kv_bytes: float
@@ -67,15 +68,15 @@ def work_of(workload: Workload, config: ModelConfig, dtype: torch.dtype) -> Work
     size = dtype.itemsize
     kv_token = 2 * config.num_layers * config.num_kv_heads * config.head_size * size
     params = matrix_parameters(config)
+    head = config.vocab_size * config.hidden_size
     steps = max(workload.max_tokens)
     contexts = flop = 0.0
     for prompt, count in zip(workload.prompts, workload.max_tokens, strict=True):
         n = len(prompt)
         # The prompt's own pass chooses the first token; each further one reads all before it.
         contexts += sum(range(n + 1, n + count))
-        tokens = n + count - 1
-        scores = config.num_layers * config.num_heads * config.head_size * tokens * (tokens + 1) / 2
-        flop += 2 * params * tokens + 4 * scores
+        scores = config.num_layers * config.num_heads * config.head_size * n * (n + 1) / 2
+        flop += 2 * (params - head) * n + 2 * head + 4 * scores
     return Work(contexts * kv_token, steps * params * size, flop)
 
 

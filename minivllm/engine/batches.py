@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -23,40 +24,57 @@ class TokenLogprobs:
     rank: int
 
 
-def make_batch(
-    scheduled: list[ScheduledSequence], block_size: int, device: torch.device
-) -> PagedBatch:
+class HostBatch(NamedTuple):
+    """A :class:`PagedBatch` as plain numbers, before it goes to a device."""
+
+    input_ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    query_lens: list[int]
+    context_lens: list[int]
+    tables: list[list[int]]
+
+    def to(self, device: torch.device) -> PagedBatch:
+        """The same as tensors on ``device``."""
+        longest = max(map(len, self.tables))
+        tables = [table + [-1] * (longest - len(table)) for table in self.tables]
+        return PagedBatch(
+            input_ids=to_device(self.input_ids, torch.int64, device),
+            positions=to_device(self.positions, torch.int64, device),
+            slot_mapping=to_device(self.slots, torch.int64, device),
+            cu_query_lens=to_device([0, *accumulate(self.query_lens)], torch.int32, device),
+            context=to_device(self.context_lens, torch.int32, device),
+            block_tables=to_device(tables, torch.int32, device),
+            query_lens=tuple(self.query_lens),
+            context_lens=tuple(self.context_lens),
+        )
+
+
+def lay_out(scheduled: list[ScheduledSequence], block_size: int) -> HostBatch:
     """Lay the scheduled tokens of all sequences end to end."""
-    input_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    query_lens: list[int] = []
-    context_lens: list[int] = []
-    longest = max(len(item.seq.block_table) for item in scheduled)
-    tables: list[list[int]] = []
+    batch = HostBatch([], [], [], [], [], [])
     for seq, num_tokens, _, _ in scheduled:
         start = seq.num_computed
         end = start + num_tokens
         table = seq.block_table
-        input_ids += seq.token_ids[start:end]
-        positions += range(start, end)
+        batch.input_ids.extend(seq.token_ids[start:end])
+        batch.positions.extend(range(start, end))
         for index in range(start // block_size, -(-end // block_size)):
             first = index * block_size
             shift = table[index] * block_size - first
-            slots += range(max(start, first) + shift, min(end, first + block_size) + shift)
-        query_lens.append(num_tokens)
-        context_lens.append(end)
-        tables.append(table + [-1] * (longest - len(table)))
-    return PagedBatch(
-        input_ids=to_device(input_ids, torch.int64, device),
-        positions=to_device(positions, torch.int64, device),
-        slot_mapping=to_device(slots, torch.int64, device),
-        cu_query_lens=to_device([0, *accumulate(query_lens)], torch.int32, device),
-        context=to_device(context_lens, torch.int32, device),
-        block_tables=to_device(tables, torch.int32, device),
-        query_lens=tuple(query_lens),
-        context_lens=tuple(context_lens),
-    )
+            here = range(max(start, first) + shift, min(end, first + block_size) + shift)
+            batch.slots.extend(here)
+        batch.query_lens.append(num_tokens)
+        batch.context_lens.append(end)
+        batch.tables.append(table)
+    return batch
+
+
+def make_batch(
+    scheduled: list[ScheduledSequence], block_size: int, device: torch.device
+) -> PagedBatch:
+    """:func:`lay_out`, on ``device``."""
+    return lay_out(scheduled, block_size).to(device)
 
 
 def to_device(
@@ -72,36 +90,64 @@ def to_device(
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
-def make_sampling_tensors(
-    sequences: list[Sequence], vocab_size: int, device: torch.device
-) -> SamplingTensors:
-    """One row for each sequence; what none of them asks for stays None."""
+class HostSampling(NamedTuple):
+    """:class:`SamplingTensors` as plain numbers, before they go to a device."""
+
+    temperature: list[float]
+    seed: list[int]
+    step: list[int]
+    top_k: list[int] | None
+    top_p: list[float] | None
+    min_p: list[float] | None
+
+    def to(self, device: torch.device) -> SamplingTensors:
+        """The same as tensors on ``device``."""
+
+        def float32(values: list[float] | None) -> torch.Tensor | None:
+            return None if values is None else to_device(values, torch.float32, device)
+
+        def int64(values: list[int] | None) -> torch.Tensor | None:
+            return None if values is None else to_device(values, torch.int64, device)
+
+        return SamplingTensors(
+            temperature=float32(self.temperature),
+            seed=int64(self.seed),
+            step=int64(self.step),
+            top_k=int64(self.top_k),
+            top_p=float32(self.top_p),
+            min_p=float32(self.min_p),
+        )
+
+
+def sampling_of(sequences: list[Sequence], vocab_size: int) -> HostSampling | None:
+    """One entry for each sequence; what none asks for is None, and all of it if all are greedy."""
     params = [seq.params for seq in sequences]
     if all(p.greedy for p in params):
-        return SamplingTensors()
-
-    def float32(values: list[float]) -> torch.Tensor:
-        return to_device(values, torch.float32, device)
-
-    def int64(values: list[int]) -> torch.Tensor:
-        return to_device(values, torch.int64, device)
-
+        return None
     top_k = top_p = min_p = None
     if any(0 < p.top_k < vocab_size for p in params):
         # Larger is allowed, and might not fit into 64 bits.
-        top_k = int64([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params])
+        top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     if any(p.top_p < 1 for p in params):
-        top_p = float32([p.top_p if p.top_p < 1 else float("inf") for p in params])
+        top_p = [p.top_p if p.top_p < 1 else float("inf") for p in params]
     if any(p.min_p > 0 for p in params):
-        min_p = float32([p.min_p for p in params])
-    return SamplingTensors(
-        temperature=float32([0.0 if p.greedy else p.temperature for p in params]),
-        seed=int64([seq.seed for seq in sequences]),
-        step=int64([seq.num_output_tokens for seq in sequences]),
+        min_p = [p.min_p for p in params]
+    return HostSampling(
+        temperature=[0.0 if p.greedy else p.temperature for p in params],
+        seed=[seq.seed for seq in sequences],
+        step=[seq.num_output_tokens for seq in sequences],
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
     )
+
+
+def make_sampling_tensors(
+    sequences: list[Sequence], vocab_size: int, device: torch.device
+) -> SamplingTensors:
+    """:func:`sampling_of`, on ``device``."""
+    sampling = sampling_of(sequences, vocab_size)
+    return SamplingTensors() if sampling is None else sampling.to(device)
 
 
 def find_logprobs(

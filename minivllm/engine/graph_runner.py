@@ -15,6 +15,7 @@ without a graph, from tensors made for it; but its tokens go to the rows all the
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -25,8 +26,8 @@ from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.engine.batches import (
     TokenLogprobs,
     cut_logprobs,
-    make_batch,
-    make_sampling_tensors,
+    lay_out,
+    sampling_of,
     to_device,
 )
 from minivllm.engine.config import EngineConfig
@@ -35,9 +36,10 @@ from minivllm.engine.device_rows import DeviceRows, RowUpdates, StepInputs
 from minivllm.engine.model_runner import ModelRunner, StepResult
 from minivllm.engine.row_table import RowTable
 from minivllm.engine.scheduler import Step
-from minivllm.engine.sequence import Sequence
+from minivllm.engine.sequence import Sequence as Request
 from minivllm.engine.step_forms import StepForms, choose_forms
-from minivllm.layers.sampler import top_logprobs
+from minivllm.engine.step_message import StepMessage
+from minivllm.layers.sampler import SamplingTensors, top_logprobs
 
 # What recorded graphs take outside PyTorch's allocator and in their pool: measured 0.2 GiB for 35
 # sizes of Qwen3-0.6B; more layers mean more nodes.
@@ -48,7 +50,7 @@ class PendingTokens:
     """Tokens on their way from the device."""
 
     def __init__(
-        self, sequences: list[Sequence], tokens: torch.Tensor, logprobs: tuple[torch.Tensor, ...]
+        self, sequences: list[Request], tokens: torch.Tensor, logprobs: tuple[torch.Tensor, ...]
     ) -> None:
         self._sequences = sequences
         self._tokens = _to_host(tokens)
@@ -127,35 +129,71 @@ class GraphRunner(ModelRunner):
         """Launch the step and wait for its tokens."""
         return self.launch(step).result()
 
-    @torch.inference_mode()
     def launch(self, step: Step) -> PendingTokens:
         """Send the step to the device."""
+        message = self.prepare(step)
+        tokens, logprobs = self.execute(message)
+        return PendingTokens(step.sampling, tokens, logprobs)
+
+    def prepare(self, step: Step) -> StepMessage:
+        """What the device must be told for ``step``; the host's half of it."""
         self.table.drop_stale()
-        sequences = [item.seq for item in step.scheduled]
+        updates = RowUpdates(len(self.active), self.rows.block_tables.shape[1])
+        sampling = step.sampling
+        wanted = [seq.params.logprobs for seq in sampling if seq.params.logprobs is not None]
+        num_logprobs = max(wanted) if wanted else None
         if all(item.decodes and item.seq in self.table for item in step.scheduled):
-            return self._launch_decode(sequences)
-        return self._launch_mixed(step)
+            self.table.follow(sampling, updates)
+            # Of cutting tokens off the rows know nothing: then they are chosen once more.
+            cuts = any(seq.params.reshapes for seq in sampling)
+            return StepMessage(
+                updates=list(updates.words.items()),
+                places=self.table.places(sampling),
+                sampling=sampling_of(sampling, self.model_config.vocab_size) if cuts else None,
+                num_logprobs=num_logprobs,
+            )
+        ends = list(accumulate(item.num_tokens for item in step.scheduled))
+        pairs = list(zip(ends, step.scheduled, strict=True))
+        waiting = [(end - 1, item.seq) for end, item in pairs if item.seq.num_unknown]
+        rows = self.table.places([seq for _, seq in waiting])
+        return StepMessage(
+            places=[self.table.enter(seq, updates) for seq in sampling],
+            updates=list(updates.words.items()),
+            batch=lay_out(step.scheduled, self.block_size),
+            last=[end - 1 for end, item in pairs if item.samples],
+            waiting=[(at, row) for (at, _), row in zip(waiting, rows, strict=True)],
+            sampling=sampling_of(sampling, self.model_config.vocab_size),
+            num_logprobs=num_logprobs,
+        )
+
+    @torch.inference_mode()
+    def execute(self, message: StepMessage) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The device's half: returns the tokens int64 [n], and what :func:`top_logprobs` finds."""
+        if message.batch is None:
+            logits, tokens = self._decode_rows(message)
+        else:
+            logits, tokens = self._run_batch(message)
+        if message.num_logprobs is None or not len(tokens):
+            return tokens, ()
+        return tokens, top_logprobs(logits, tokens, message.num_logprobs)
 
     def close(self) -> None:
         """Free the graphs."""
         self.ladder.clear()
 
-    def _launch_decode(self, sequences: list[Sequence]) -> PendingTokens:
-        """One token for each of these, all of which have rows."""
-        updates = RowUpdates(len(self.active), self.rows.block_tables.shape[1])
-        self.table.follow(sequences, updates)
-        self._send(updates)
-        self._activate(self.table.places(sequences))
-        batch = len(sequences)
+    def _decode_rows(self, message: StepMessage) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token for each row in ``places``: logits [n, V] and tokens [n]."""
+        self._send(message.updates)
+        self._activate(message.places)
+        batch = len(message.places)
         size = self.ladder.replay(batch)
         logits, tokens = self.logits[:batch], self.tokens[:batch]
-        if any(seq.params.reshapes for seq in sequences):
-            # The graph knows temperatures only; these want more, so their tokens are chosen again.
-            tokens.copy_(self._sample(sequences, logits))
+        if message.sampling is not None:
+            tokens.copy_(self.sampler(logits, message.sampling.to(self.device)))
             self.forms.finish_step(
                 self.rows, self.active[:size], self.inputs.first(size), self.tokens[:size]
             )
-        return PendingTokens(sequences, tokens, self._top_logprobs(sequences, logits, tokens))
+        return logits, tokens
 
     def _decode(self, size: int) -> None:
         """A decode step of ``size`` places on memory that stays: what a graph records."""
@@ -177,44 +215,35 @@ class GraphRunner(ModelRunner):
         self.forms.sample(logits, inputs, tokens)
         self.forms.finish_step(self.rows, active, inputs, tokens)
 
-    def _launch_mixed(self, step: Step) -> PendingTokens:
+    def _run_batch(self, message: StepMessage) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts, chunks of prompts, and decodes beside them."""
-        batch = make_batch(step.scheduled, self.block_size, self.device)
-        ends = accumulate(item.num_tokens for item in step.scheduled)
-        unknown = [
-            (end - 1, item.seq)
-            for end, item in zip(ends, step.scheduled, strict=True)
-            if item.seq.num_unknown
-        ]
-        if unknown:
-            # What the host does not know yet lies in the rows.
-            at, sequences = map(list, zip(*unknown, strict=True))
-            at = to_device(at, torch.int64, self.device)
-            rows = to_device(self.table.places(sequences), torch.int64, self.device)
+        assert message.batch is not None
+        batch = message.batch.to(self.device)
+        if message.waiting:
+            at, rows = self._indices(*zip(*message.waiting, strict=True))
             batch.input_ids[at] = self.rows.last_token[rows].long()
         hidden = self.forward(batch, self.cache)
-        sampling = step.sampling
-        if not sampling:
-            return PendingTokens([], self.tokens[:0], ())
-        logits = self.model.compute_logits(self.last_rows(step, hidden))
-        tokens = self._sample(sampling, logits)
-        updates = RowUpdates(len(self.active), self.rows.block_tables.shape[1])
-        places = [self.table.enter(seq, updates) for seq in sampling]
-        self._send(updates)
-        entered = to_device(places, torch.int64, self.device)
-        self.rows.last_token[entered] = tokens.int()
-        return PendingTokens(sampling, tokens, self._top_logprobs(sampling, logits, tokens))
+        if not message.places:
+            return self.logits[:0], self.tokens[:0]
+        last, places = self._indices(message.last, message.places)
+        logits = self.model.compute_logits(hidden[last])
+        sampling = message.sampling
+        params = SamplingTensors() if sampling is None else sampling.to(self.device)
+        tokens = self.sampler(logits, params)
+        self._send(message.updates)
+        self.rows.last_token[places] = tokens.int()
+        return logits, tokens
+
+    def _indices(self, *lists: Sequence[int]) -> list[torch.Tensor]:
+        return [to_device(list(values), torch.int64, self.device) for values in lists]
 
     def forward(self, batch: PagedBatch, cache: PagedKVCache) -> torch.Tensor:
         return self.forms.forward(self, batch, cache)
 
-    def _send(self, updates: RowUpdates) -> None:
+    def _send(self, updates: list[tuple[int, int]]) -> None:
         """Bring the host's changes to the rows: one copy, one launch, and none without a change."""
-        if updates.words:
-            pairs = updates.pairs()
-            if self.device.type == "cuda":
-                pairs = pairs.pin_memory().to(self.device, non_blocking=True)
-            self.forms.apply_updates(self.rows.flat, pairs)
+        if updates:
+            self.forms.apply_updates(self.rows.flat, to_device(updates, torch.int32, self.device))
 
     def _activate(self, places: list[int]) -> None:
         """Let the places of a decode step be these rows."""
@@ -223,17 +252,6 @@ class GraphRunner(ModelRunner):
         padding = [-1] * (len(self.active) - len(places))
         self.active.copy_(to_device(places + padding, torch.int32, self.device))
         self._active = places
-
-    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
-        params = make_sampling_tensors(sequences, logits.shape[-1], self.device)
-        return self.sampler(logits, params)
-
-    @staticmethod
-    def _top_logprobs(
-        sequences: list[Sequence], logits: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        wanted = [seq.params.logprobs for seq in sequences if seq.params.logprobs is not None]
-        return top_logprobs(logits, tokens, max(wanted)) if wanted else ()
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:
