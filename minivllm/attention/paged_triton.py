@@ -86,17 +86,33 @@ class TritonPagedAttention:
         store_kv(k, v, self.cache.k[layer], self.cache.v[layer], self.batch.slot_mapping)
         return self.attend_stored(layer, q)
 
-    def attend_stored(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """The same over keys and values that are in their slots already: q [T, H, D] -> same."""
-        from minivllm.attention.paged_kernels import paged_attention
+    def attend_stored(self, layer: int, q: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
+        """The same over keys and values that are in their slots already: q [T, H, D] -> same.
 
+        pdl: where all are decodes, launch before the kernel in front has ended (Hopper and later).
+        """
+        from minivllm.attention.paged_kernels import paged_attention, paged_decode
+
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        batch = self.batch
+        if self.num_decodes == len(batch.query_lens):
+            return paged_decode(
+                q,
+                k_cache,
+                v_cache,
+                batch.block_tables,
+                batch.context,
+                scale=self.scale,
+                plan=self.plan,
+                pdl=pdl,
+            )
         return paged_attention(
             q,
-            self.cache.k[layer],
-            self.cache.v[layer],
-            self.batch.block_tables,
-            self.batch.cu_query_lens,
-            self.batch.context,
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            batch.cu_query_lens,
+            batch.context,
             scale=self.scale,
             max_query_len=self.max_query_len,
             num_decodes=self.num_decodes,

@@ -65,6 +65,14 @@ def summarise(spans: list[tuple[float, float, str]], steps: int) -> dict[str, An
         parts[part_of(name)] += stop - start
         kernels[name].append(stop - start)
     total = end - spans[0][0]
+    gaps: dict[str, list[float]] = defaultdict(list)
+    reached, before = spans[0][1], spans[0][2]
+    for start, stop, name in spans[1:]:
+        if start > reached:
+            gaps[f"{before[:40]} -> {name[:40]}"].append(start - reached)
+        if stop > reached:
+            reached, before = stop, name
+    widest = sorted(gaps.items(), key=lambda item: -sum(item[1]))[:10]
     slowest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:16]
     return {
         "step_ms": total / steps / 1e3,
@@ -72,6 +80,15 @@ def summarise(spans: list[tuple[float, float, str]], steps: int) -> dict[str, An
         "idle_share": 1 - busy / total,
         "kernels_a_step": len(spans) / steps,
         "parts_ms": {part: value / steps / 1e3 for part, value in sorted(parts.items())},
+        "gaps": [
+            {
+                "between": pair,
+                "a_step": len(times) / steps,
+                "us_each": sum(times) / len(times),
+                "ms_a_step": sum(times) / steps / 1e3,
+            }
+            for pair, times in widest
+        ],
         "kernels": [
             {
                 "name": name[:80],

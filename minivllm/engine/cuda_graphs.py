@@ -86,7 +86,7 @@ class GraphLadder:
             raise ValueError(f"sizes={sizes} must be ascending batch sizes of at least 1")
         self.sizes = sizes
         self._work = work
-        self._recorder = recorder
+        self.recorder = recorder
         self._replays: dict[int, Replay] = {}
         self.seconds = 0.0
 
@@ -96,7 +96,7 @@ class GraphLadder:
         # A collection in the middle of a recording could free memory of another stream.
         gc.collect()
         for size in reversed(self.sizes):
-            self._replays[size] = self._recorder.record(lambda size=size: self._work(size))
+            self._replays[size] = self.recorder.record(lambda size=size: self._work(size))
         self.seconds = time.perf_counter() - started
 
     def size_for(self, batch: int) -> int:

@@ -23,13 +23,18 @@ AttendStored = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class FusedForward:
-    """Runs ``model`` (Qwen3 or Llama) on T tokens."""
+    """Runs ``model`` (Qwen3 or Llama) on T tokens.
 
-    def __init__(self, model: Qwen3ForCausalLM) -> None:
+    pdl: launch each of our kernels while the one in front of it still runs (programmatic dependent
+    launch, compute capability 9 and later); it waits inside for what it reads.
+    """
+
+    def __init__(self, model: Qwen3ForCausalLM, *, pdl: bool = False) -> None:
         # Here, for Triton has no wheel for every machine.
         from minivllm.engine import fused_kernels
 
         self.model = model
+        self.pdl = pdl
         self.kernels = fused_kernels
 
     def __call__(
@@ -44,16 +49,16 @@ class FusedForward:
 
         input_ids, positions, slot_mapping: int64 [T]. Returns hidden states [T, E].
         """
-        kernels, decoder = self.kernels, self.model.model
+        kernels, decoder, pdl = self.kernels, self.model.model, self.pdl
         table = decoder.rotary.table
         x = decoder.embed_tokens(input_ids)
         residual = None
         for index, layer in enumerate(decoder.layers):
             norm = layer.input_layernorm
             if residual is None:
-                x, residual = kernels.rms_norm(x, norm.weight, norm.eps), x
+                x, residual = kernels.rms_norm(x, norm.weight, norm.eps, pdl=pdl), x
             else:
-                x, residual = kernels.add_rms_norm(x, residual, norm.weight, norm.eps)
+                x, residual = kernels.add_rms_norm(x, residual, norm.weight, norm.eps, pdl=pdl)
             attention = layer.self_attn
             q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
             qkv = attention.qkv_proj
@@ -70,9 +75,11 @@ class FusedForward:
                 num_heads=qkv.num_heads,
                 num_kv_heads=qkv.num_kv_heads,
                 head_size=qkv.head_size,
+                pdl=pdl,
             )
             x = attention.o_proj(attend(index, q).flatten(1))
             norm = layer.post_attention_layernorm
-            x, residual = kernels.add_rms_norm(x, residual, norm.weight, norm.eps)
-            x = layer.mlp.down_proj(kernels.silu_and_mul(layer.mlp.gate_up_proj(x)))
-        return kernels.add_rms_norm(x, residual, decoder.norm.weight, decoder.norm.eps)[0]
+            x, residual = kernels.add_rms_norm(x, residual, norm.weight, norm.eps, pdl=pdl)
+            x = layer.mlp.down_proj(kernels.silu_and_mul(layer.mlp.gate_up_proj(x), pdl=pdl))
+        norm = decoder.norm
+        return kernels.add_rms_norm(x, residual, norm.weight, norm.eps, pdl=pdl)[0]

@@ -24,6 +24,7 @@ import torch
 
 from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.engine.batches import (
+    HostSampling,
     TokenLogprobs,
     cut_logprobs,
     lay_out,
@@ -34,12 +35,13 @@ from minivllm.engine.config import EngineConfig
 from minivllm.engine.cuda_graphs import CudaGraphRecorder, GraphLadder, NoRecorder, ladder_sizes
 from minivllm.engine.device_rows import DeviceRows, RowUpdates, StepInputs
 from minivllm.engine.model_runner import ModelRunner, StepResult
+from minivllm.engine.prompt_graphs import TOKENS, PromptGraphs
 from minivllm.engine.row_table import RowTable
 from minivllm.engine.scheduler import Step
 from minivllm.engine.sequence import Sequence as Request
 from minivllm.engine.step_forms import StepForms, choose_forms
 from minivllm.engine.step_message import StepMessage
-from minivllm.layers.sampler import SamplingTensors, top_logprobs
+from minivllm.layers.sampler import top_logprobs
 
 # What recorded graphs take outside PyTorch's allocator and in their pool: measured 0.2 GiB for 35
 # sizes of Qwen3-0.6B; more layers mean more nodes.
@@ -113,8 +115,20 @@ class GraphRunner(ModelRunner):
             NoRecorder() if self.eager else CudaGraphRecorder(self.device),
         )
 
+        self.prompts: PromptGraphs | None = None
+        if not self.eager:
+            self.prompts = PromptGraphs(
+                self._prompt,
+                self.ladder.recorder,
+                max_blocks=max_blocks,
+                vocab_size=self.model_config.vocab_size,
+                dtype=dtype,
+                device=self.device,
+            )
+
     def _bytes_to_come(self) -> int:
-        nodes = 12 * self.model_config.num_layers * len(self.ladder.sizes)
+        graphs = len(self.ladder.sizes) + len(TOKENS)
+        nodes = 12 * self.model_config.num_layers * graphs
         return 0 if self.eager else nodes * GRAPH_BYTES_PER_NODE
 
     @torch.inference_mode()
@@ -122,6 +136,8 @@ class GraphRunner(ModelRunner):
         started = time.perf_counter()
         before = 0 if self.eager else torch.cuda.mem_get_info(self.device)[0]
         self.ladder.record()
+        if self.prompts is not None:
+            self.prompts.ladder.record()
         num_bytes = 0 if self.eager else before - torch.cuda.mem_get_info(self.device)[0]
         return GraphFacts(self.ladder.sizes, time.perf_counter() - started, num_bytes)
 
@@ -180,6 +196,8 @@ class GraphRunner(ModelRunner):
     def close(self) -> None:
         """Free the graphs."""
         self.ladder.clear()
+        if self.prompts is not None:
+            self.prompts.ladder.clear()
 
     def _decode_rows(self, message: StepMessage) -> tuple[torch.Tensor, torch.Tensor]:
         """One token for each row in ``places``: logits [n, V] and tokens [n]."""
@@ -189,7 +207,7 @@ class GraphRunner(ModelRunner):
         size = self.ladder.replay(batch)
         logits, tokens = self.logits[:batch], self.tokens[:batch]
         if message.sampling is not None:
-            tokens.copy_(self.sampler(logits, message.sampling.to(self.device)))
+            tokens.copy_(self._choose(logits, message.sampling))
             self.forms.finish_step(
                 self.rows, self.active[:size], self.inputs.first(size), self.tokens[:size]
             )
@@ -199,40 +217,54 @@ class GraphRunner(ModelRunner):
         """A decode step of ``size`` places on memory that stays: what a graph records."""
         active, inputs = self.active[:size], self.inputs.first(size)
         self.forms.begin_step(self.rows, active, inputs, self.block_size)
-        batch = PagedBatch(
-            input_ids=inputs.input_ids,
-            positions=inputs.positions,
-            slot_mapping=inputs.slot_mapping,
-            # Nobody reads it where every sequence has one query.
-            cu_query_lens=self.active[:0],
-            context=inputs.context,
-            block_tables=inputs.block_tables,
-            query_lens=(1,) * size,
-            context_lens=(),
-        )
         logits, tokens = self.logits[:size], self.tokens[:size]
-        self.forms.logits(self.model, self.forward(batch, self.cache), logits)
+        self.forms.decode(self, inputs, logits)
         self.forms.sample(logits, inputs, tokens)
         self.forms.finish_step(self.rows, active, inputs, tokens)
 
     def _run_batch(self, message: StepMessage) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts, chunks of prompts, and decodes beside them."""
         assert message.batch is not None
+        if self.prompts is not None and not message.waiting and PromptGraphs.fits(message.batch):
+            logits = self.prompts.replay(message.batch, message.last)
+        else:
+            logits = self._run_unrecorded(message)
+        if not message.places:
+            return logits, self.tokens[:0]
+        tokens = self._choose(logits, message.sampling)
+        self._send(message.updates)
+        (places,) = self._indices(message.places)
+        self.rows.last_token[places] = tokens.int()
+        return logits, tokens
+
+    def _run_unrecorded(self, message: StepMessage) -> torch.Tensor:
+        """Logits [n, V] of a batch that no graph holds."""
+        assert message.batch is not None
         batch = message.batch.to(self.device)
         if message.waiting:
             at, rows = self._indices(*zip(*message.waiting, strict=True))
             batch.input_ids[at] = self.rows.last_token[rows].long()
         hidden = self.forward(batch, self.cache)
-        if not message.places:
-            return self.logits[:0], self.tokens[:0]
-        last, places = self._indices(message.last, message.places)
-        logits = self.model.compute_logits(hidden[last])
-        sampling = message.sampling
-        params = SamplingTensors() if sampling is None else sampling.to(self.device)
-        tokens = self.sampler(logits, params)
-        self._send(message.updates)
-        self.rows.last_token[places] = tokens.int()
-        return logits, tokens
+        if not message.last:
+            return self.logits[:0]
+        (last,) = self._indices(message.last)
+        return self.model.compute_logits(hidden[last])
+
+    def _prompt(self, batch: PagedBatch, last: torch.Tensor, logits: torch.Tensor) -> None:
+        """A step of short prompts: what a graph of :class:`PromptGraphs` records."""
+        hidden = self.forward(batch, self.cache)
+        self.forms.head(self.model, hidden[last], logits)
+
+    def _choose(self, logits: torch.Tensor, sampling: HostSampling | None) -> torch.Tensor:
+        """Tokens int64 [n] from logits [n, V]."""
+        if sampling is None:
+            return logits.argmax(dim=-1)
+        params = sampling.to(self.device)
+        if sampling.top_k or sampling.top_p or sampling.min_p:
+            return self.sampler(logits, params)
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=self.device)
+        self.forms.sample(logits, params, tokens)
+        return tokens
 
     def _indices(self, *lists: Sequence[int]) -> list[torch.Tensor]:
         return [to_device(list(values), torch.int64, self.device) for values in lists]

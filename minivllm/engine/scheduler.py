@@ -167,12 +167,17 @@ class Scheduler:
     def _schedule_decodes(self, step: Step) -> None:
         """Every decoding sequence runs one token, oldest first; the newest make room."""
         index = 0
+        block_size = self.block_manager.block_size
         while index < len(self.running):
             seq = self.running[index]
             if seq.num_pending > 1 or seq.exhausted:
                 index += 1
                 continue
-            while not self.block_manager.grow(seq, len(seq)):
+            length = len(seq.token_ids)
+            # Only every S-th token asks for a block.
+            while length > len(seq.block_table) * block_size and not self.block_manager.grow(
+                seq, length
+            ):
                 victim = self.running[-1]
                 self._preempt(victim, step)
                 if victim is seq:

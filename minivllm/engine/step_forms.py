@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,26 +13,36 @@ from torch import nn
 from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.engine import device_rows
 from minivllm.engine.device_rows import DeviceRows, StepInputs
+from minivllm.engine.skinny_forward import SkinnyForward
 from minivllm.layers.sampler import Sampler, SamplingTensors
 
 if TYPE_CHECKING:
     from minivllm.engine.model_runner import ModelRunner
+# Whatever says how to draw a token for each row.
+Draw = StepInputs | SamplingTensors
+
+# Up to this many places a step is a matter of how fast weights can be read, and a chain of our own
+# kernels is faster than cuBLAS's products with ours in between (benchmarks/skinny.py).
+SKINNY_PLACES = 32
 
 
 @dataclass(frozen=True)
 class StepForms:
     """The parts of a step; see :mod:`minivllm.engine.device_rows` for those on the rows.
 
-    forward: (runner, batch, cache) -> hidden [T, E]. logits: hidden [P, E] -> into logits [P, V].
-    sample: logits [P, V] and the step's inputs -> into tokens int64 [P].
+    forward: (runner, batch, cache) -> hidden [T, E]. decode: the same for the P places of a step's
+    inputs, all the way into logits [P, V].
+    head: hidden [P, E] -> into logits [P, V]. sample: logits [P, V], and temperature, seed and step
+    of each -> into tokens int64 [P].
     """
 
     begin_step: Callable[[DeviceRows, torch.Tensor, StepInputs, int], None]
     finish_step: Callable[[DeviceRows, torch.Tensor, StepInputs, torch.Tensor], None]
     apply_updates: Callable[[torch.Tensor, torch.Tensor], None]
     forward: Callable[[ModelRunner, PagedBatch, PagedKVCache], torch.Tensor]
-    logits: Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
-    sample: Callable[[torch.Tensor, StepInputs, torch.Tensor], None]
+    decode: Callable[[ModelRunner, StepInputs, torch.Tensor], None]
+    head: Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
+    sample: Callable[[torch.Tensor, Draw, torch.Tensor], None]
 
 
 def choose_forms(model: nn.Module, device: torch.device) -> StepForms:
@@ -42,30 +53,48 @@ def choose_forms(model: nn.Module, device: torch.device) -> StepForms:
             finish_step=device_rows.finish_step,
             apply_updates=device_rows.apply_updates,
             forward=_plain_forward,
-            logits=_plain_logits,
+            decode=_plain_decode,
+            head=_plain_head,
             sample=_plain_sample,
         )
     # Here, for they import Triton, which has no wheel for every machine.
     from minivllm.engine import sampler_kernels, step_kernels
     from minivllm.engine.fused_forward import FusedForward
 
-    fused = FusedForward(model)
+    pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+    fused = FusedForward(model, pdl=pdl)
+    skinny: dict[int, SkinnyForward] = {}
 
     def forward(runner: ModelRunner, batch: PagedBatch, cache: PagedKVCache) -> torch.Tensor:
-        bound = runner.bind_attention(cache, batch, runner.scale)
-        return fused(
-            batch.input_ids, batch.positions, batch.slot_mapping, cache, bound.attend_stored
-        )
+        attend = partial(runner.bind_attention(cache, batch, runner.scale).attend_stored, pdl=pdl)
+        return fused(batch.input_ids, batch.positions, batch.slot_mapping, cache, attend)
 
-    def sample(logits: torch.Tensor, inputs: StepInputs, tokens: torch.Tensor) -> None:
-        sampler_kernels.sample(logits, inputs.temperature, inputs.seed, inputs.step, out=tokens)
+    def decode(runner: ModelRunner, inputs: StepInputs, logits: torch.Tensor) -> None:
+        places = len(logits)
+        if places <= SKINNY_PLACES and SkinnyForward.fits(model.config, places, device):
+            if places not in skinny:
+                skinny[places] = SkinnyForward(model, runner.cache, places, logits=logits)
+            skinny[places](
+                inputs.input_ids,
+                inputs.positions,
+                inputs.slot_mapping,
+                inputs.block_tables,
+                inputs.context,
+            )
+        else:
+            hidden = forward(runner, decode_batch(inputs), runner.cache)
+            _head_in_place(model, hidden, logits)
+
+    def sample(logits: torch.Tensor, draw: Draw, tokens: torch.Tensor) -> None:
+        sampler_kernels.sample(logits, draw.temperature, draw.seed, draw.step, out=tokens)
 
     return StepForms(
         begin_step=step_kernels.begin_step,
         finish_step=step_kernels.finish_step,
         apply_updates=step_kernels.apply_updates,
         forward=forward,
-        logits=_logits_in_place,
+        decode=decode,
+        head=_head_in_place,
         sample=sample,
     )
 
@@ -85,15 +114,34 @@ def _plain_forward(runner: ModelRunner, batch: PagedBatch, cache: PagedKVCache) 
     return runner.model(batch.input_ids, batch.positions, attend)
 
 
-def _plain_logits(model: nn.Module, hidden: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(model.compute_logits(hidden))
+def _plain_decode(runner: ModelRunner, inputs: StepInputs, logits: torch.Tensor) -> None:
+    _plain_head(runner.model, _plain_forward(runner, decode_batch(inputs), runner.cache), logits)
 
 
-def _logits_in_place(model: nn.Module, hidden: torch.Tensor, out: torch.Tensor) -> None:
+def decode_batch(inputs: StepInputs) -> PagedBatch:
+    """The batch of a decode step, on the same memory; its lengths are not known to the host."""
+    return PagedBatch(
+        input_ids=inputs.input_ids,
+        positions=inputs.positions,
+        slot_mapping=inputs.slot_mapping,
+        # Nobody reads it where every sequence has one query.
+        cu_query_lens=inputs.context[:0],
+        context=inputs.context,
+        block_tables=inputs.block_tables,
+        query_lens=(1,) * len(inputs.context),
+        context_lens=(),
+    )
+
+
+def _plain_head(model: nn.Module, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+    logits.copy_(model.compute_logits(hidden))
+
+
+def _head_in_place(model: nn.Module, hidden: torch.Tensor, logits: torch.Tensor) -> None:
     # Without a tensor in between: at batch 256 a copy would move 156 MB more.
-    torch.mm(hidden, model.lm_head.weight.t(), out=out)
+    torch.mm(hidden, model.lm_head.weight.t(), out=logits)
 
 
-def _plain_sample(logits: torch.Tensor, inputs: StepInputs, tokens: torch.Tensor) -> None:
-    params = SamplingTensors(inputs.temperature, inputs.seed, inputs.step)
+def _plain_sample(logits: torch.Tensor, draw: Draw, tokens: torch.Tensor) -> None:
+    params = SamplingTensors(draw.temperature, draw.seed, draw.step)
     tokens.copy_(Sampler()(logits, params))

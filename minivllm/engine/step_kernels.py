@@ -115,7 +115,7 @@ def finish_step_kernel(
     tl.store(num_outputs_ptr + row, (step + 1).to(tl.int32), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["U"])
 def apply_updates_kernel(flat_ptr, updates_ptr, U, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """Set the words that BLOCK pairs name."""
     if DEPENDENT:
