@@ -1,0 +1,421 @@
+"""One decode step of a few rows as a chain of our own kernels, from token ids to logits.
+
+The same mathematics as ``model(...)`` and ``model.compute_logits(...)``, cut differently. A layer:
+
+    one row      qkv ........ attention .......... o .......... gate-up ... down
+    more rows    norm, qkv ... attention, merge ... o ... norm, gate-up ... down
+
+For one row the norms are made inside qkv and gate-up; for more, that would make every program read
+every row. SiLU is part of gate-up; norms of the heads, RoPE and the store of K and V are part of
+attention. The residual stream stays in float32. Each kernel is launched while the one in front
+still runs (see ``skinny_kernels.py``); only the first waits for all that was queued before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minivllm.attention.paged import PagedKVCache
+from minivllm.attention.paged_triton import triton_runs_on
+from minivllm.layers.layernorm import RMSNorm
+from minivllm.models.config import ModelConfig
+from minivllm.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
+
+if TYPE_CHECKING:
+    from minivllm.engine.skinny_gemv_kernels import Stream
+
+MOST_ROWS = 64
+HEAD_SIZES = (64, 128)
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SkinnyTuning:
+    """Tile sizes, chosen by measuring whole steps on an H200 with ``benchmarks/skinny.py``.
+
+    One row: ``gemv_weights`` of a tile, in programs of ``gemv_warps``, at most ``gemv_waves`` for
+    each multiprocessor. More rows: tiles of ``block_n`` rows of the weights and ``slices`` times
+    ``block_k`` columns. ``o_parts``, ``down_parts``: how K of these two is split (0: so that every
+    multiprocessor has a program). ``attention_waves``: programs for each multiprocessor that
+    attention is split into; ``early_attention``: let the kernel behind start before its loop.
+    """
+
+    gemv_weights: int = 16384
+    gemv_warps: int = 4
+    gemv_waves: float = 3
+    block_n: int = 16
+    block_k: int = 128
+    slices: int = 8
+    gate_up_block_n: int = 0
+    head_block_n: int = 0
+    qkv_parts: int = 1
+    o_parts: int = 0
+    down_parts: int = 0
+    dot_rows: int = 2
+    merge_ahead: int = 4
+    attention_waves: float = 1.0
+    attention_tile: int = 64
+    attention_split: int = 64
+    attention_warps: int = 4
+    attention_stages: int = 3
+    early_attention: bool = True
+    dependent: bool = True
+
+
+@dataclass(frozen=True)
+class StepTables:
+    """What attention has to know of P rows; see :meth:`SkinnyForward.__call__`."""
+
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    context: torch.Tensor
+
+
+class SkinnyForward:
+    """A finished model, its cache and P rows, ready to be called, and captured, again and again.
+
+    All buffers are made here, so every call uses the same addresses; a call reads nothing back and
+    waits for nothing.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        cache: PagedKVCache,
+        rows: int,
+        *,
+        reduce: Reduce | None = None,
+        tuning: SkinnyTuning | None = None,
+        logits: torch.Tensor | None = None,
+    ) -> None:
+        """Reserve the buffers.
+
+        Args:
+            model: Qwen3ForCausalLM or LlamaForCausalLM with its weights loaded; they are used
+                where they lie.
+            cache: where K and V go, of the model's dtype and device.
+            rows: P, 1 to 64.
+            reduce: called on what o_proj and down_proj give, float32 [P, E]; what it returns is
+                added to the residual stream instead (the sum over ranks, say).
+            tuning: tile sizes; those for this number of rows when None.
+            logits: [P, V] of the model's dtype to write into; new memory when None.
+
+        Raises:
+            ValueError: if these kernels cannot run the model there.
+        """
+        weight = model.model.embed_tokens.weight
+        reason = self.why_not(model.config, rows, weight.device)
+        if reason is not None:
+            raise ValueError(reason)
+        if cache.k.dtype != weight.dtype or cache.k.device != weight.device:
+            raise ValueError(
+                f"the cache is {cache.k.dtype} on {cache.k.device} but the model {weight.dtype} on "
+                f"{weight.device}; make both alike"
+            )
+        self.model = model
+        self.cache = cache
+        self.rows = rows
+        self.reduce = reduce
+        on_gpu = weight.device.type == "cuda"
+        properties = torch.cuda.get_device_properties(weight.device) if on_gpu else None
+        self.processors = properties.multi_processor_count if properties else 4
+        self.tuning = tuning or SkinnyTuning()
+        # Hopper and later can start a kernel while the one in front finishes.
+        self.dependent = bool(properties and properties.major >= 9) and self.tuning.dependent
+        self._make_buffers(weight)
+        if logits is not None:
+            self.logits = logits[None]
+
+    @staticmethod
+    def fits(config: ModelConfig, rows: int, device: torch.device | str) -> bool:
+        """Whether the kernels can run this model with this many rows on ``device``."""
+        return SkinnyForward.why_not(config, rows, device) is None
+
+    @staticmethod
+    def why_not(config: ModelConfig, rows: int, device: torch.device | str) -> str | None:
+        """What stands against it, with a remedy; None if nothing does."""
+        if not 1 <= rows <= MOST_ROWS:
+            return f"rows={rows} must be 1 to {MOST_ROWS}; run larger batches through the model"
+        if not triton_runs_on(torch.device(device)):
+            return f"device={device}: these kernels need Triton and a GPU of Ampere or later"
+        if config.head_size not in HEAD_SIZES:
+            return f"head_size={config.head_size} is not one of {HEAD_SIZES}; use the model itself"
+        if config.attention_bias or config.mlp_bias:
+            return "attention_bias and mlp_bias are not supported; use the model itself"
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(config, name) % 16:
+                return f"{name}={getattr(config, name)} is no multiple of 16; use the model itself"
+        if config.vocab_size * config.hidden_size >= 2**31:
+            return "vocab_size * hidden_size passes 2^31; use the model itself"
+        return None
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        block_tables: torch.Tensor,
+        context: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run one new token of each of P sequences.
+
+        Args:
+            input_ids: [P] int64 tokens.
+            positions: [P] int64, each token's place in its sequence.
+            slot_mapping: [P] int64, where its K and V go; -1 writes nowhere (a padded row).
+            block_tables: [P, M] int32; entries past a sequence's last block are not read.
+            context: [P] int32 tokens of each sequence, the newest included; 0 for a padded row,
+                whose logits mean nothing.
+
+        Returns:
+            logits [P, V] in the model's dtype, in the same memory at every call.
+
+        Raises:
+            ValueError: if a tensor has another shape, dtype or device.
+        """
+        from minivllm.engine.skinny_gemv_kernels import Stream
+
+        tables = StepTables(positions, slot_mapping, block_tables, context)
+        self._check(input_ids, tables)
+        run = self._one_row if self.rows == 1 else self._more_rows
+        return run(Stream(self.model.model.embed_tokens.weight, input_ids), tables)
+
+    # ------------------------------------------------------------------ the chain
+
+    def _one_row(self, stream: Stream, tables: StepTables) -> torch.Tensor:
+        split = self.tuning.attention_split
+        splits = {"lse": self.lse, "context": tables.context, "min_split": split}
+        splits["in_flight"] = self.tuning.merge_ahead
+        for index, layer in enumerate(self.model.model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            qkv, o = attention.qkv_proj.weight, attention.o_proj.weight
+            gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
+            total = self._gemv_norm(layer.input_layernorm, stream, qkv, self.qkv)
+            self._attend(index, attention, tables)
+            self._gemv(o, self.splits, self.o_parts, **splits)
+            stream = self._stream(stream, total, self.o_parts)
+            norm = layer.post_attention_layernorm
+            total = self._gemv_norm(norm, stream, gate_up, self.act, silu=True)
+            self._gemv(down, self.act[0], self.down_parts)
+            stream = self._stream(stream, total, self.down_parts)
+        self._gemv_norm(self.model.model.norm, stream, self.model.lm_head.weight, self.logits)
+        return self.logits[0]
+
+    def _more_rows(self, stream: Stream, tables: StepTables) -> torch.Tensor:
+        tuning = self.tuning
+        for index, layer in enumerate(self.model.model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            qkv, o = attention.qkv_proj.weight, attention.o_proj.weight
+            gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
+            total = self._sum_and_norm(layer.input_layernorm, stream)
+            self._product(qkv, self.normed, self.qkv)
+            self._attend(index, attention, tables)
+            self._product(o, self._merged(tables), self.o_parts)
+            stream = self._stream(stream, total, self.o_parts)
+            total = self._sum_and_norm(layer.post_attention_layernorm, stream)
+            self._product(
+                gate_up,
+                self.normed,
+                self.act,
+                silu=True,
+                block_n=tuning.gate_up_block_n,
+            )
+            self._product(down, self.act[0], self.down_parts)
+            stream = self._stream(stream, total, self.down_parts)
+        self._sum_and_norm(self.model.model.norm, stream)
+        head = self.model.lm_head.weight
+        if tuning.head_block_n:
+            self._product(head, self.normed, self.logits, block_n=tuning.head_block_n)
+        else:
+            torch.mm(self.normed, head.T, out=self.logits[0])
+        return self.logits[0]
+
+    # ------------------------------------------------------------------ its links
+
+    def _gemv_norm(
+        self,
+        norm: RMSNorm,
+        stream: Stream,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        **options: Any,
+    ) -> torch.Tensor:
+        """out = weight @ norm(stream); returns the stream's sum."""
+        total = self._other_total(stream)
+        self._gemv(weight, stream, out, gain=norm.weight, eps=norm.eps, total=total, **options)
+        return total
+
+    def _gemv(
+        self,
+        weight: torch.Tensor,
+        x: torch.Tensor | Stream,
+        out: torch.Tensor,
+        **options: Any,
+    ) -> None:
+        from minivllm.engine.skinny_gemv_kernels import gemv
+
+        tuning = self.tuning
+        gemv(
+            weight,
+            x,
+            out,
+            weights=tuning.gemv_weights,
+            programs=int(tuning.gemv_waves * self.processors),
+            num_warps=tuning.gemv_warps,
+            # The first kernel of a step reads what kernels of any kind have written, and all that
+            # the ones behind it load before they wait is older than its start.
+            dependent=self.dependent and getattr(x, "parts", x) is not None,
+            **options,
+        )
+
+    def _sum_and_norm(self, norm: RMSNorm, stream: Stream) -> torch.Tensor:
+        """normed = norm(stream); returns the stream's sum."""
+        from minivllm.engine.skinny_kernels import sum_and_norm
+
+        total = self._other_total(stream)
+        dependent = self.dependent and stream.parts is not None  # as above
+        sum_and_norm(stream, norm.weight, total, self.normed, eps=norm.eps, dependent=dependent)
+        return total
+
+    def _product(
+        self,
+        weight: torch.Tensor,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        silu: bool = False,
+        block_n: int = 0,
+    ) -> None:
+        from minivllm.engine.skinny_kernels import skinny_product
+
+        tuning = self.tuning
+        skinny_product(
+            weight,
+            x,
+            out,
+            silu=silu,
+            block_n=block_n or tuning.block_n,
+            block_k=tuning.block_k,
+            slices=tuning.slices,
+            dependent=self.dependent,
+        )
+
+    def _attend(self, layer: int, attention: Qwen3Attention, tables: StepTables) -> None:
+        from minivllm.engine.skinny_attention_kernels import skinny_attention
+
+        q_norm = getattr(attention, "q_norm", None)
+        k_norm = getattr(attention, "k_norm", None)
+        skinny_attention(
+            self.qkv,
+            None if q_norm is None else q_norm.weight,
+            None if k_norm is None else k_norm.weight,
+            self.model.model.rotary.table,
+            tables.positions,
+            tables.slot_mapping,
+            tables.block_tables,
+            tables.context,
+            self.cache.k[layer],
+            self.cache.v[layer],
+            self.splits,
+            self.lse,
+            eps=0.0 if q_norm is None else q_norm.eps,
+            tile=self.tuning.attention_tile,
+            min_split=self.tuning.attention_split,
+            num_warps=self.tuning.attention_warps,
+            stages=self.tuning.attention_stages,
+            dot=self.rows >= self.tuning.dot_rows,
+            early=self.tuning.early_attention,
+            dependent=self.dependent,
+        )
+
+    def _merged(self, tables: StepTables) -> torch.Tensor:
+        """What attention gave, [P, H * D]."""
+        from minivllm.engine.skinny_attention_kernels import merge_splits
+
+        if len(self.splits) == 1:
+            return self.splits[0].flatten(1)
+        merge_splits(self.splits, self.lse, tables.context, self.attended, dependent=self.dependent)
+        return self.attended.flatten(1)
+
+    def _stream(self, stream: Stream, total: torch.Tensor, parts: torch.Tensor) -> Stream:
+        """The residual stream ``total``, to which ``parts`` [parts, P, E] will be added."""
+        from minivllm.engine.skinny_gemv_kernels import Stream
+
+        if self.reduce is not None:
+            parts = self.reduce(parts.sum(dim=0))[None]
+        return Stream(total, stream.ids, parts)
+
+    def _other_total(self, stream: Stream) -> torch.Tensor:
+        # Programs of a kernel read the old sum while one of them writes the new.
+        return self.totals[0 if stream.total is self.totals[1] else 1]
+
+    # ------------------------------------------------------------------ buffers
+
+    def _make_buffers(self, weight: torch.Tensor) -> None:
+        from minivllm.engine.skinny_attention_kernels import splits_for
+
+        rows, device, dtype = self.rows, weight.device, weight.dtype
+        layer = self.model.model.layers[0]
+        qkv, size = layer.self_attn.qkv_proj, weight.shape[1]
+        heads, head_size = qkv.num_heads, qkv.head_size
+        mlp_size = layer.mlp.down_proj.in_features
+
+        def wide(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        def narrow(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        programs = self.tuning.attention_waves * self.processors
+        splits = splits_for(rows, qkv.num_kv_heads, programs)
+        o_parts = self.tuning.o_parts or self._parts(size, heads * head_size, head_size)
+        down_parts = self.tuning.down_parts or self._parts(size, mlp_size, 16)
+        self.totals = [wide(rows, size) for _ in range(2)]
+        self.normed = narrow(rows, size)
+        self.qkv = wide(self.tuning.qkv_parts, rows, qkv.out_features)
+        direct = splits == 1 and rows > 1
+        self.splits = (narrow if direct else wide)(splits, rows, heads, head_size)
+        self.lse = wide(splits, rows, heads)
+        self.attended = narrow(rows, heads, head_size)
+        self.o_parts = wide(o_parts, rows, size)
+        self.act = narrow(1, rows, mlp_size)
+        self.down_parts = wide(down_parts, rows, size)
+        self.logits = narrow(1, rows, self.model.lm_head.weight.shape[0])
+
+    def _parts(self, out_size: int, size: int, unit: int) -> int:
+        """Into how many parts K of a product is cut, each of which is a multiple of ``unit``."""
+        tuning = self.tuning
+        for parts in (1, 2, 3, 4, 6, 8, 12, 16):
+            if size % (parts * unit):
+                continue
+            block_n = tuning.block_n
+            if self.rows == 1:
+                block_n = max(2, tuning.gemv_weights // (1 << (size // parts - 1).bit_length()))
+            if out_size // block_n * parts >= self.processors * 0.9:
+                return parts
+        return 1
+
+    def _check(self, input_ids: torch.Tensor, tables: StepTables) -> None:
+        named = {"input_ids": input_ids, **vars(tables)}
+        for name, tensor in named.items():
+            dtype = torch.int32 if name in ("block_tables", "context") else torch.int64
+            if tensor.dtype != dtype or tensor.shape[0] != self.rows:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)} but must be {dtype} with "
+                    f"{self.rows} rows, as this SkinnyForward was made for"
+                )
+            if tensor.dim() != (2 if name == "block_tables" else 1) or tensor.stride(-1) != 1:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; give "
+                    "[P, M] for block_tables and [P] for the others, without gaps"
+                )
+            if tensor.device != self.qkv.device:
+                raise ValueError(
+                    f"{name} is on {tensor.device} but the model on {self.qkv.device}; move it"
+                )

@@ -1,0 +1,266 @@
+"""The product of a weight matrix and one vector, with what stands in front of it and behind it.
+
+The weights [N, K], and who owns what. A program takes BLOCK_N rows over the whole K, or over one of
+K_PARTS parts of it where N alone gives too few programs. Where there are more tiles than programs,
+a program goes on to tile + number of programs, and loads that while it multiplies this one.
+
+               K ->    part 0        part 1
+    N     tile 0   [ (0, 0) ]    [ (0, 1) ]        program (tile, part)
+    |     tile 1   [ (1, 0) ]    [ (1, 1) ]
+    v     tile 2   [ (2, 0) ]    [ (2, 1) ]        the parts are summed by whoever reads them
+
+With one vector there is no use for tensor cores: every weight is multiplied once, in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minivllm.engine.skinny_attention_kernels import (
+    launch_options,
+    merged_splits,
+)
+
+
+@triton.jit
+def residual_sum(
+    residual_ptr, ids_ptr, parts_ptr, row, rows, cols, mask, E: tl.constexpr, PARTS: tl.constexpr
+):
+    """One row of the residual stream in float32: what was there, and the parts of what is added.
+
+    Without parts the row is that of token ids[row] in the embedding ``residual``.
+    """
+    if PARTS == 0:
+        token = tl.load(ids_ptr + row).to(tl.int64)
+        total = tl.load(residual_ptr + token * E + cols, mask=mask, other=0.0).to(tl.float32)
+    else:
+        total = tl.load(residual_ptr + row * E + cols, mask=mask, other=0.0)
+        for part in tl.static_range(PARTS):
+            total += tl.load(parts_ptr + (part * rows + row) * E + cols, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def weight_rows(tile, BLOCK_N: tl.constexpr, OUT: tl.constexpr, SILU: tl.constexpr):
+    """Rows of the weights that ``tile`` owns. With SILU they alternate: gate 0, up 0, gate 1 ..."""
+    lanes = tl.arange(0, BLOCK_N)
+    if SILU:
+        out = tile * (BLOCK_N // 2) + lanes // 2
+        return out + (lanes % 2) * OUT, out < OUT
+    out = tile * BLOCK_N + lanes
+    return out, out < OUT
+
+
+@triton.jit
+def load_rows(
+    weight_ptr,
+    tile,
+    cols,
+    mask,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OUT: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """The weights of ``tile`` at ``cols``: [BLOCK_N, BLOCK_K]; nothing is read past the last."""
+    rows, row_mask = weight_rows(tile, BLOCK_N, OUT, SILU)
+    at = rows[:, None] * K + cols[None, :]
+    return tl.load(weight_ptr + at, mask=row_mask[:, None] & mask[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(
+    out_ptr, w, x, scale, tile, BLOCK_N: tl.constexpr, OUT: tl.constexpr, SILU: tl.constexpr
+):
+    """Multiply a tile of weights with x and store the BLOCK_N sums (half as many with SILU)."""
+    sums = tl.sum(w.to(tl.float32) * x[None, :], axis=1) * scale
+    if SILU:
+        gate, up = tl.split(tl.reshape(sums, (BLOCK_N // 2, 2)))
+        out = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        product = gate / (1.0 + tl.exp(-gate)) * up
+        tl.store(out_ptr + out, product.to(out_ptr.dtype.element_ty), mask=out < OUT)
+    else:
+        out = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(out_ptr + out, sums.to(out_ptr.dtype.element_ty), mask=out < OUT)
+
+
+@triton.jit
+def gemv_kernel(
+    weight_ptr,
+    x_ptr,
+    out_ptr,
+    gain_ptr,
+    residual_ptr,
+    total_ptr,
+    ids_ptr,
+    lse_ptr,
+    context_ptr,
+    eps,
+    SOURCE: tl.constexpr,
+    PARTS: tl.constexpr,
+    K: tl.constexpr,
+    K_PART: tl.constexpr,
+    OUT: tl.constexpr,
+    SILU: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOOP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """out [K_PARTS, OUT] = weight [N, K] @ x [K] for one row; see the module for the tiles.
+
+    x is made on the way in, by SOURCE:
+        "plain"  x_ptr [K] as it is
+        "norm"   RMSNorm, with ``gain``, of residual + the PARTS parts of x_ptr [PARTS, K]; the sum
+                 is stored in ``total`` (PARTS = 0: the embedding of ids[0])
+        "merge"  attention, from its splits in x_ptr and lse_ptr
+    SILU: N = 2 * OUT, gate rows then up rows; out = silu(gate) * up.
+    """
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    places = tl.arange(0, BLOCK_K)
+    cols = part * K_PART + places
+    mask = places < K_PART
+    w = load_rows(weight_ptr, tile, cols, mask, K, BLOCK_N, OUT, SILU)
+    if SOURCE == "norm":
+        gain = tl.load(gain_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+
+    scale = 1.0
+    if SOURCE == "norm":
+        total = residual_sum(residual_ptr, ids_ptr, x_ptr, 0, 1, cols, mask, K, PARTS)
+        if tile == 0:
+            tl.store(total_ptr + cols, total, mask=mask)
+        # Every product is linear in x, so the root mean square can be divided out at the end.
+        scale = tl.rsqrt(tl.sum(total * total, axis=0) / K + eps)
+        x = total * gain
+    elif SOURCE == "merge":
+        HEADS: tl.constexpr = BLOCK_K // D
+        x = merged_splits(
+            x_ptr,
+            lse_ptr,
+            context_ptr,
+            0,
+            1,
+            part * (K_PART // D),
+            H,
+            D,
+            HEADS,
+            SPLITS,
+            MIN_SPLIT,
+            IN_FLIGHT,
+        )
+        x = tl.where(mask, tl.reshape(x, (BLOCK_K,)), 0.0)
+    else:
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+
+    out_ptr += part * OUT
+    if LOOP:
+        TILE_OUT: tl.constexpr = BLOCK_N // 2 if SILU else BLOCK_N
+        for this in tl.range(tile, tl.cdiv(OUT, TILE_OUT), tl.num_programs(0)):
+            next_tile = this + tl.num_programs(0)
+            next_w = load_rows(weight_ptr, next_tile, cols, mask, K, BLOCK_N, OUT, SILU)
+            store_rows(out_ptr, w, x, scale, this, BLOCK_N, OUT, SILU)
+            w = next_w
+    else:
+        store_rows(out_ptr, w, x, scale, tile, BLOCK_N, OUT, SILU)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream of P rows: what it was, and what has to be added to it.
+
+    total: float32 [P, E]; where parts is None, the embedding [V, E], read at ids.
+    ids: int64 [P]. parts: float32 [parts, P, E].
+    """
+
+    total: torch.Tensor
+    ids: torch.Tensor
+    parts: torch.Tensor | None = None
+
+    @property
+    def num_parts(self) -> int:
+        return 0 if self.parts is None else self.parts.shape[0]
+
+
+def gemv(
+    weight: torch.Tensor,
+    x: torch.Tensor | Stream,
+    out: torch.Tensor,
+    *,
+    gain: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
+    eps: float = 0.0,
+    lse: torch.Tensor | None = None,
+    context: torch.Tensor | None = None,
+    min_split: int = 64,
+    in_flight: int = 4,
+    silu: bool = False,
+    weights: int = 16384,
+    programs: int = 396,
+    num_warps: int = 4,
+    dependent: bool = False,
+) -> None:
+    """out = weight @ x for one row; its parts, where out has several.
+
+    Args:
+        weight: [N, K], contiguous.
+        x: [1, K]; or a Stream, whose sum is stored in ``total`` [1, K] and normalised with ``gain``
+            [K] and ``eps``; or attention's splits, float32 [SPLITS, 1, H, D], with their ``lse``
+            [SPLITS, 1, H] and ``context`` [1].
+        out: [parts, 1, N], N / 2 with ``silu``; K a multiple of parts.
+        silu: weight holds gate rows and then up rows; out = silu(gate) * up.
+        weights: of a tile, N times K.
+        programs: at most; further tiles are walked.
+    """
+    parts, _, width = out.shape
+    size = weight.shape[1]
+    part = size // parts
+    block_k = triton.next_power_of_2(part)
+    block_n = max(2, min(weights // block_k, triton.next_power_of_2(weight.shape[0])))
+    tiles = triton.cdiv(width, block_n // 2 if silu else block_n)
+    stream = x if isinstance(x, Stream) else None
+    splits = x if isinstance(x, torch.Tensor) and lse is not None else None
+    source = "norm" if stream else "plain" if splits is None else "merge"
+    data = x if stream is None else stream.total if stream.parts is None else stream.parts
+    gemv_kernel[(min(tiles, programs), parts)](
+        weight,
+        data,
+        out,
+        gain,
+        stream.total if stream else None,
+        total,
+        stream.ids if stream else None,
+        lse,
+        context,
+        eps,
+        SOURCE=source,
+        PARTS=stream.num_parts if stream else 0,
+        K=size,
+        K_PART=part,
+        OUT=width,
+        SILU=silu,
+        H=splits.shape[2] if splits is not None else 1,
+        D=splits.shape[3] if splits is not None else 1,
+        SPLITS=splits.shape[0] if splits is not None else 1,
+        MIN_SPLIT=min_split,
+        IN_FLIGHT=in_flight,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        LOOP=tiles > programs,
+        DEPENDENT=dependent,
+        num_warps=num_warps,
+        **launch_options(dependent),
+    )
