@@ -7,27 +7,17 @@ whether a shared block really holds what the sequence's prefix would have put th
 from collections.abc import Sequence as Tokens
 
 import pytest
+from block_helpers import S, blocks_of, make_sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simulation import SimulatedCache, choose_token, fingerprints
 
+from chapters.chapter06_block_manager.film import Pool
 from minivllm.engine.block_manager import BlockManager, hash_block
+from minivllm.engine.events import EventLog
 from minivllm.engine.sampling_params import SamplingParams
 from minivllm.engine.sequence import Sequence, Status
-
-S = 16
-
-
-def make_sequence(token_ids: Tokens[int], max_tokens: int | None = None, **settings: object):
-    """A sequence that nothing but the block manager will touch."""
-    params = SamplingParams(max_tokens=max_tokens, **settings)
-    return Sequence("r", list(token_ids), params, arrival=0, seed=0, max_len=10_000)
-
-
-def blocks_of(*values: int) -> list[int]:
-    """A prompt of full blocks, each of S equal tokens."""
-    return [value for value in values for _ in range(S)]
 
 
 def compute(manager: BlockManager, seq: Sequence, count: int | None = None) -> None:
@@ -463,14 +453,23 @@ HASHES = {
 
 
 class Blocks(RuleBasedStateMachine):
-    """Sequences come, run in chunks, generate, and go; every read is checked."""
+    """Sequences come, run in chunks, generate, and go; every read is checked.
+
+    Beside them the event log is replayed, and must tell the same.
+    """
 
     @initialize(
         num_blocks=st.integers(1, 12), caching=st.booleans(), naming=st.sampled_from(list(HASHES))
     )
     def start(self, num_blocks: int, caching: bool, naming: str) -> None:
+        self.log = EventLog()
+        self.replayed, self.pool = 0, Pool(num_blocks)
         self.manager = BlockManager(
-            num_blocks, S, enable_prefix_caching=caching, hash_function=HASHES[naming]
+            num_blocks,
+            S,
+            enable_prefix_caching=caching,
+            hash_function=HASHES[naming],
+            events=self.log,
         )
         self.kv = SimulatedCache(num_blocks, S)
         self.live: list[Sequence] = []
@@ -546,6 +545,12 @@ class Blocks(RuleBasedStateMachine):
         assert self.manager.num_free + self.manager.num_held == self.manager.num_blocks
         self.peak = max(self.peak, self.manager.num_held)
         assert self.manager.peak_held == self.peak
+        for event in self.log.events[self.replayed :]:
+            self.pool.apply(event)
+        self.replayed = len(self.log.events)
+        for block in self.manager._blocks:
+            assert len(self.pool.holders[block.block_id]) == block.ref_count
+            assert self.pool.findable[block.block_id] == (block.hash is not None)
 
     def teardown(self) -> None:
         if not hasattr(self, "manager"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import xxhash
 
+from minivllm.engine.events import EventLog
 from minivllm.engine.sequence import Sequence
 
 # The identity that stands before a sequence's first block.
@@ -50,6 +51,7 @@ class BlockManager:
 
     num_blocks: N, the size of the pool. block_size: S, a power of two from 16 to 256.
     hash_function: names a full block; tests pass a bad one, since a collision must do no harm.
+    events: where to record what happens to the blocks; None: nowhere.
 
     Every block is in exactly one of three states: held (ref_count > 0), blank (free, content
     worthless), or evictable (free, but cached and findable).
@@ -62,6 +64,7 @@ class BlockManager:
         *,
         enable_prefix_caching: bool = True,
         hash_function: HashFunction = hash_block,
+        events: EventLog | None = None,
     ) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks={num_blocks} must be at least 1")
@@ -71,6 +74,7 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.peak_held = 0
+        self.events = events
         self._hash_function = hash_function
         self._blocks = [Block(block_id) for block_id in range(num_blocks)]
         self._blank = deque(range(num_blocks))
@@ -106,15 +110,8 @@ class BlockManager:
         idle = sum(block.ref_count == 0 for block in shared)
         if needed + spare > self.num_free - idle:
             return False
-        for block in shared:
-            self._take(block)
-        seq.block_table = [block.block_id for block in shared]
-        seq.prefix_chain = [block.identity for block in shared]
-        seq.num_computed = len(shared) * self.block_size
-        if seq.num_cached is None:
-            seq.num_cached = seq.num_computed
-        seq.block_table += [self._take_new() for _ in range(needed)]
-        self.peak_held = max(self.peak_held, self.num_held)
+        self._share(seq, shared)
+        self._extend(seq, needed)
         return True
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
@@ -122,8 +119,8 @@ class BlockManager:
         needed = self.blocks_for(num_tokens) - len(seq.block_table)
         if needed > self.num_free:
             return False
-        seq.block_table += [self._take_new() for _ in range(needed)]
-        self.peak_held = max(self.peak_held, self.num_held)
+        if needed > 0:
+            self._extend(seq, needed)
         return True
 
     def cache_full_blocks(self, seq: Sequence, num_tokens: int) -> None:
@@ -134,6 +131,8 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return
+        # A token that has no value yet cannot be part of a name; its block is named a step later.
+        num_tokens = min(num_tokens, seq.num_known)
         for index in range(len(seq.prefix_chain), num_tokens // self.block_size):
             parent = seq.prefix_chain[-1] if seq.prefix_chain else ROOT
             name = self._name(seq, index)
@@ -147,21 +146,17 @@ class BlockManager:
                 found.hash, found.identity, found.parent = name, self._last_identity, parent
                 found.token_ids = tokens
                 self._cached[name] = found
+                if self.events is not None:
+                    numbers = found.identity, parent
+                    self.events.add("cached", seq.request_id, (found.block_id,), *numbers)
             # Otherwise an equal block is cached already; this one stays private.
             seq.prefix_chain.append(found.identity)
 
     def release(self, seq: Sequence) -> None:
         """Take back all blocks of ``seq``; the cached ones stay findable until evicted."""
-        # Last block first: a block is then never evicted before those that build on it.
-        for block_id in reversed(seq.block_table):
-            block = self._blocks[block_id]
-            block.ref_count -= 1
-            assert block.ref_count >= 0
-            if block.ref_count == 0:
-                if block.hash is None:
-                    self._blank.append(block_id)
-                else:
-                    self._evictable[block_id] = None
+        if self.events is not None and seq.block_table:
+            self.events.add("released", seq.request_id, seq.block_table)
+        self._put_back(seq.block_table)
         seq.block_table = []
         seq.prefix_chain = []
         seq.num_computed = 0
@@ -217,29 +212,69 @@ class BlockManager:
         start = index * self.block_size
         return tuple(seq.token_ids[start : start + self.block_size])
 
-    def _take(self, block: Block) -> None:
-        if block.ref_count == 0:
-            del self._evictable[block.block_id]
-        block.ref_count += 1
+    def _share(self, seq: Sequence, shared: list[Block]) -> None:
+        """Let ``seq``, which holds nothing yet, begin with these cached blocks."""
+        self._take(shared)
+        seq.block_table = [block.block_id for block in shared]
+        seq.prefix_chain = [block.identity for block in shared]
+        seq.num_computed = len(shared) * self.block_size
+        if seq.num_cached is None:
+            seq.num_cached = seq.num_computed
+        if self.events is not None and shared:
+            self.events.add("shared", seq.request_id, seq.block_table, seq.num_computed)
+
+    def _extend(self, seq: Sequence, count: int) -> None:
+        """Give ``seq`` so many blocks more, for new content; they must be free."""
+        taken = [self._take_new() for _ in range(count)]
+        seq.block_table += taken
+        self.peak_held = max(self.peak_held, self.num_held)
+        if self.events is not None:
+            self.events.add("taken", seq.request_id, taken)
+
+    def _take(self, shared: list[Block]) -> None:
+        """One holder more for each of these cached blocks; a free one is evictable no longer."""
+        for block in shared:
+            if block.ref_count == 0:
+                del self._evictable[block.block_id]
+            block.ref_count += 1
 
     def _take_new(self) -> int:
-        """A block for new content: a blank one if there is any, else the least recently used."""
-        if self._blank:
-            block = self._blocks[self._blank.popleft()]
-        else:
-            block_id, _ = self._evictable.popitem(last=False)
-            block = self._blocks[block_id]
+        """A block for new content: a blank one if there is any, else the least recently used.
+
+        Returns its id. It has no name, and one holder. There must be a free block.
+        """
+        if not self._blank:
+            oldest = next(iter(self._evictable))
             # Before its content changes: a stale name would hand out somebody else's K and V.
-            del self._cached[block.hash]
-            block.hash = None
+            self._forget(self._blocks[oldest])
+        block = self._blocks[self._blank.popleft()]
         assert block.ref_count == 0
         block.ref_count = 1
         return block.block_id
 
+    def _put_back(self, block_table: list[int]) -> None:
+        """One holder less for each block of a sequence's table.
+
+        A block that nobody holds any more becomes blank, or evictable if it is cached; of these, a
+        block is evicted after all that build on it.
+        """
+        # The end of the table first: what becomes evictable first is evicted first.
+        for block_id in reversed(block_table):
+            block = self._blocks[block_id]
+            block.ref_count -= 1
+            assert block.ref_count >= 0
+            if block.ref_count == 0:
+                if block.hash is None:
+                    self._blank.append(block_id)
+                else:
+                    self._evictable[block_id] = None
+
     def _forget(self, block: Block) -> None:
-        """Make a cached block unfindable."""
+        """Make a cached block unfindable; if nobody holds it, it is blank from now on."""
         del self._cached[block.hash]
         block.hash = None
         if block.ref_count == 0:
             del self._evictable[block.block_id]
             self._blank.append(block.block_id)
+        if self.events is not None:
+            self.events.add("evicted", None, (block.block_id,), block.identity)
