@@ -11,6 +11,7 @@ Here are the pool, what a step says about it, and attention as a plain loop over
 which every faster form is checked.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,16 @@ class PagedKVCache:
         return per_token * block_size * dtype.itemsize
 
 
+def slots_of(table: Sequence[int], start: int, end: int, block_size: int) -> list[int]:
+    """Where the tokens ``start`` to ``end`` - 1 of a sequence lie: one slot for each.
+
+    table: the sequence's blocks in order, as many as its tokens need at least.
+    """
+    return [
+        table[token // block_size] * block_size + token % block_size for token in range(start, end)
+    ]
+
+
 def store_kv(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -104,9 +115,10 @@ def paged_attention_loop(
     batch: PagedBatch,
     scale: float,
 ) -> torch.Tensor:
-    """The same by a plain loop: walk each sequence's table, then attend naively.
+    """Attention over pages by a plain loop: walk each sequence's table, then attend naively.
 
-    q: [T, H, D]; k_cache, v_cache: [N, S, G, D]. Returns [T, H, D]. Slow, and right at a glance.
+    q: [T, H, D], the queries of all sequences end to end, whose own K and V are stored already;
+    k_cache, v_cache: [N, S, G, D]. Returns [T, H, D]. Slow, and right at a glance.
     """
     block_size = k_cache.shape[1]
     out = torch.zeros_like(q)

@@ -41,9 +41,11 @@ def load_paged_tile(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Keys and values [BLOCK_N, BLOCK_D] of one sequence's tokens start.., and their positions.
+    """Keys and values [BLOCK_N, BLOCK_D] of one sequence's tokens from start on; their positions.
 
+    k_cache, v_cache: [N, S, G, D], contiguous; table: the sequence's row of the block tables.
     Tokens at or past ``length`` are zeros: neither their table entry nor their slot is read.
+    Returns k and v of ``kv_head``, and the tokens' positions [BLOCK_N].
     """
     tokens = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)[None, :]
@@ -78,7 +80,9 @@ def paged_decode_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program does one (sequence, KV head): all its query heads share each K and V tile.
+    """One program does KV head ``program_id(0)`` of sequence ``program_id(1)``.
+
+    Its query heads share each K and V tile:
 
         kv_head 0:  q head 0 |                block table of the sequence: 7, 2, 5
                     q head 1 |  x  keys of    block 7 -> block 2 -> block 5
@@ -86,6 +90,11 @@ def paged_decode_kernel(
                      unused) |
 
     A query of a decode step stands at the end of its sequence and sees all of it: no causal mask.
+
+    q: [B, H, D], sequences ``q_stride_b`` and heads ``q_stride_h`` numbers apart; k_cache, v_cache:
+    [N, S, G, D]; block_tables: [B, M], rows ``table_stride`` numbers apart; context_lens: [B]; out:
+    [B, H, D], contiguous, zeros where the context is 0. scale_log2 and PRECISION go to
+    `attend_to_tile`.
     """
     kv_head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)

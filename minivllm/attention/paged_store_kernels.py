@@ -32,7 +32,12 @@ def store_kv_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,  # G * D rounded up to a power of two
 ):
-    """One program copies the keys and values of one token, all heads, to their slot."""
+    """One program copies the keys and values of one token, all heads, to their slot.
+
+    k, v: [T, G, D], tokens ``*_stride_t`` and heads ``*_stride_h`` numbers apart, the D numbers of
+    a head side by side; k_cache, v_cache: [N, S, G, D], contiguous; slot_mapping: [T], -1 for
+    padding, of which nothing is read or written. Token ``program_id(0)``.
+    """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     if slot < 0:  # padding
