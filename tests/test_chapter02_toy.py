@@ -136,7 +136,7 @@ def test_check_fit_names_every_tensor_that_is_wrong(folder: Path) -> None:
     for problem in (
         "missing: model.norm.weight",
         "left over: model.layers.1.mlp.up_proj.weight",
-        "model.layers.0.mlp.down_proj.weight is [5, 4], the config asks for [4, 5]",
+        "wrong shape: model.layers.0.mlp.down_proj.weight is [5, 4], the config asks for [4, 5]",
     ):
         assert problem in message, f"the error does not say {problem!r}: {message}"
     named = re.findall(r"model\.(?!safetensors)[\w.]+|lm_head[\w.]+", message)
@@ -148,7 +148,8 @@ def test_a_qwen3_checkpoint_does_not_fit_llama(folder: Path) -> None:
     with Checkpoint(folder) as checkpoint, pytest.raises(ValueError) as caught:
         checkpoint.check_fit(LlamaForCausalLM(TOY, device="meta"))
     layer = "model.layers.0.self_attn"
-    assert f"(left over: {layer}.k_norm.weight, {layer}.q_norm.weight)" in str(caught.value)
+    expected = f"left over: {layer}.k_norm.weight, {layer}.q_norm.weight"
+    assert expected in str(caught.value), f"the error does not say {expected!r}: {caught.value}"
 
 
 class MiddleRows(nn.Module):
@@ -247,8 +248,15 @@ def test_an_end_token_is_yielded_and_then_no_more() -> None:
         "an end token in the prompt ends nothing"
     )
     assert list(generate_by_recomputing(Adder(), [1], 0)) == [], "max_tokens may be 0"
+
+
+def test_a_request_that_cannot_be_answered_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt_token_ids"):
         list(generate_by_recomputing(Adder(), [], 1))
+    # 16 positions: the last token is yielded without going through the model.
+    assert len(list(generate_by_recomputing(Adder(), [1] * 12, 5))) == 5
+    with pytest.raises(ValueError, match=r"12 tokens.* max_tokens=6 need 17 .* model has 16"):
+        list(generate_by_recomputing(Adder(), [1] * 12, 6))
 
 
 def test_a_token_comes_before_the_next_is_computed() -> None:

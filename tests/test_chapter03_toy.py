@@ -12,6 +12,7 @@ from minivllm.attention.naive import (
     CachedNaiveAttention,
     ContiguousKVCache,
     NaiveAttention,
+    generate_with_cache,
     naive_attention,
 )
 
@@ -100,3 +101,9 @@ def test_workload_and_its_waste() -> None:
     workload = memory.workload()
     assert len(workload) == 256
     assert all(100 <= size <= 1024 for pair in workload for size in pair)
+
+
+def test_generate_with_cache_refuses_what_the_model_has_no_positions_for() -> None:
+    model = SimpleNamespace(config=SimpleNamespace(max_positions=16))
+    with pytest.raises(ValueError, match=r"12 tokens.* max_tokens=6 need 17 .* model has 16"):
+        list(generate_with_cache(model, [1] * 12, 6))

@@ -155,6 +155,34 @@ def test_decode_equals_float64(num_heads, num_kv_heads, head_size, block_size, d
     assert (split[1] == 0).all()  # the padded row
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "block_size", "dtype"),
+    [
+        (4, 2, 64, torch.float32),
+        (6, 6, 16, torch.float16),  # a tile of 32 spans two blocks
+        (16, 4, 32, torch.float32),
+    ],
+)
+def test_decode_with_two_kv_heads_in_a_program(num_heads, num_kv_heads, block_size, dtype):
+    lengths = [1, 0, 130, 64, 33]
+    pages = Pages(lengths, block_size, num_kv_heads, 32, dtype)
+    q = pages.queries([1] * 5, num_heads)
+    plan = make_plan(pages, num_heads, processors=8, tile=32, min_share=1, wide_from=5)
+    assert plan.wide_from == 5
+    plan.prepare(pages.tables, pages.context_lens)
+    arguments = (q, pages.k_cache, pages.v_cache, pages.tables, pages.context_lens)
+    out = paged.paged_decode(*arguments, scale=0.2, plan=plan, out=poisoned(q))
+    limit = 1e-6 if dtype == torch.float32 else 1e-3
+    assert relative_error(out, pages.expected(q, [1] * 5, 0.2)) < limit
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (18, 2), (4, 1)])
+def test_kv_heads_that_do_not_pair_are_left_alone(num_heads, num_kv_heads):
+    """An odd one out, or more query heads than the matrix unit has rows."""
+    pages = Pages([40, 3], 16, num_kv_heads, 16, torch.float32)
+    assert make_plan(pages, num_heads, wide_from=1).wide_from > 2
+
+
 @pytest.mark.parametrize("shares", [1, 2, 3, 5, 12, 40])
 def test_decode_does_not_depend_on_the_shares(shares):
     """Whatever the borders cut: nothing, one sequence several times, several sequences."""
@@ -171,6 +199,10 @@ def test_decode_does_not_depend_on_the_shares(shares):
     share = -(-tiles // shares)
     counts = [max(0, min(share, tiles - i * share)) for i in range(shares)]
     assert plan.share[:, 0].tolist() == counts
+    seqs = [s for s, length in enumerate(lengths) for _ in range(-(-max(1, length) // 16))]
+    spans = {s: (seqs.index(s) // share, (tiles - 1 - seqs[::-1].index(s)) // share) for s in seqs}
+    cut = {i: (s, j) for i, (s, j) in enumerate(plan.cut.tolist()) if j > i}
+    assert cut == {first: (s, last) for s, (first, last) in spans.items() if last > first}
 
 
 def test_decode_with_one_very_long_sequence():
@@ -495,3 +527,35 @@ def test_gpu_graph_captured_once_serves_other_lengths():
         graph.replay()
         fresh = paged.paged_decode_whole(*arguments, scale=0.1)
         assert relative_error(out, fresh.double()) < 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "wide"), [(3, False), (40, True)])
+def test_gpu_dependent_launches_wait_for_what_they_read(batch, wide):
+    """Each layer's queries are the output of the one in front, in one graph with the plan."""
+    torch.manual_seed(0)
+    pages = Pages([1500, 90, 400] + [70] * (batch - 3), 64, 8, 128, torch.bfloat16)
+    plan = make_plan(pages, 16)
+    assert (batch >= plan.wide_from) == wide
+    first = pages.queries([1] * batch, 16)
+    steps = [torch.empty_like(first) for _ in range(12)]
+    arguments = (pages.k_cache, pages.v_cache, pages.tables, pages.context_lens)
+
+    def step(pdl):
+        plan.prepare(pages.tables, pages.context_lens)
+        q = first
+        for out in steps:
+            q = paged.paged_decode(q, *arguments, scale=0.1, plan=plan, out=out, pdl=pdl)
+
+    step(False)
+    expected = [out.clone() for out in steps]
+    step(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(True)
+    for _ in range(50):
+        for out in steps:
+            out.fill_(NAN)
+        graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(steps, expected, strict=True))

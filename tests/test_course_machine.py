@@ -15,7 +15,7 @@ import torch
 
 from chapters import quote
 from chapters.machine import imports, package, texts
-from chapters.machine.check_report import print_check
+from chapters.machine.check_report import print_check, short
 from chapters.machine.cli import main
 from chapters.machine.manifest import Course, CourseError
 from chapters.machine.progress import Progress
@@ -631,7 +631,7 @@ def test_reset_makes_one_task_blank(root: Path, say: Callable[..., tuple[int, st
         (("check",), "there is no workspace yet"),
         (("check", "1"), "there is no workspace yet"),
         (("reset", "1.1"), "there is no workspace yet"),
-        (("start", "7"), "there is no chapter 7; the course has chapters 1 to 2"),
+        (("start", "7"), "there is no chapter 7; chapters 1 to 2 are written"),
         (("start", "0"), "there is no chapter 0"),
         (("start", "3"), "chapter 3 (Powers) is not written yet"),
         (("start", "one"), "invalid int value: 'one'"),
@@ -792,6 +792,8 @@ def test_sync_fills_every_marker_and_nothing_else(
         ("text <!-- quote minivllm/sums/adding.py:add -->", "a line of its own"),
         ("<!-- quote minivllm/sums/adding.py:add -->\n```python", "never closed"),
         ("<!-- map 9 -->", "must name a chapter"),
+        ("<!-- hints 1.9 -->", "there is no task 1.9"),
+        ("<!-- bug 1.a -->", "there is no bug '1.a'"),
     ],
 )
 def test_wrong_markers_are_named(root: Path, marker: str, message: str) -> None:
@@ -854,3 +856,76 @@ def test_progress_is_plain_json(root: Path, say: Callable[..., tuple[int, str]])
     say("start", "1")
     notes = json.loads((root / "workspace/.progress.json").read_text())
     assert notes == {"chapter": 1, "green": {}, "given": [], "hints": {}, "finished": {}}
+
+
+BUG_TOML = """
+[[bug]]
+id = "1.a"
+title = "Two too few"
+file = "minivllm/sums/adding.py"
+find = "return a + b"
+replace = "return a - b"
+symptom = "2 and 3 make -1."
+answer = "The sign."
+test = "test_add"
+"""
+
+
+def test_hints_and_bugs_of_a_text_are_those_of_the_manifest(root: Path) -> None:
+    manifest = root / "chapters/chapter01_sums/chapter.toml"
+    manifest.write_text(manifest.read_text() + BUG_TOML)
+    file = root / "README.md"
+    stale = "<!-- hints 1.1 -->\n\nstale\n\n<!-- end of hints -->\nbetween\n"
+    file.write_text(f"{stale}<!-- bug 1.a -->\nafter\n")
+    texts.sync(Course.load(root))
+    text = file.read_text()
+    hint = "<details><summary>Hint 3</summary>\n\nThink of the plus sign.\n\n</details>\n"
+    assert (
+        f"{hint}<!-- end of hints -->\nbetween\n<!-- bug 1.a -->\n**1.a Two too few.** 2 and"
+        in text
+    )
+    assert (
+        "In `workspace/minivllm/sums/adding.py`:\n\n```diff\n-return a + b\n+return a - b\n" in text
+    )
+    assert "Diagnosis</summary>\n\nThe sign.\n\n</details>\n<!-- end of bug -->\nafter\n" in text
+    assert "stale" not in text
+    assert not texts.sync(Course.load(root), write=False)
+
+
+def test_a_measured_block_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("a\n<!-- times x.json -->\nold\n<!-- end of times -->\nb\n")
+    texts.replace_block(file, "times x.json", "new\nrows")
+    assert file.read_text() == "a\n<!-- times x.json -->\nnew\nrows\n<!-- end of times -->\nb\n"
+    with pytest.raises(ValueError, match="has no block from <!-- times y"):
+        texts.replace_block(file, "times y.json", "new")
+
+
+def test_a_failure_is_shown_whole_and_with_its_place() -> None:
+    """What the test says is wrapped, not cut; an error that is no assertion names the line."""
+    says = (
+        "AssertionError: out is [1.0, 2.0], expected [3.0, 4.0]\nassert 1 <= 0\n +  where 1 = f()"
+    )
+    assert short(says, 80) == ["out is [1.0, 2.0], expected [3.0, 4.0]"]
+    assert short("AssertionError: one two three four\n  five six", 14) == [
+        "one two three",
+        "  four",
+        "  five six",
+    ]
+    long = "\n".join(f"row {number}" for number in range(20))
+    assert short(long, 80)[-2:] == ["row 4", "..."]
+    assert short("assert 1\n[+2 more lines; full report in element text]", 80) == ["assert 1"]
+    trace = 'File "/home/x/workspace/minivllm/a.py", line 7, in f\nFile "/lib/torch.py", line 9'
+    assert short("IndexError: too many", 80, trace) == [
+        "IndexError: too many",
+        "at workspace/minivllm/a.py:7",
+    ]
+    error = "OutOfBoundsError: load in f, /home/x/workspace/minivllm/a.py:7, program (0, 0)"
+    assert short(error, 80, trace) == [
+        "OutOfBoundsError: load in f, workspace/minivllm/a.py:7, program (0, 0)"
+    ]
+    assert short("assert 1 == 2", 80, trace) == ["assert 1 == 2"]
+
+
+def test_no_command_lists_the_chapters(say: Callable[..., tuple[int, str]]) -> None:
+    assert say() == say("list")

@@ -2,7 +2,8 @@
 
     python -m chapters.chapter01_layers.compare_forms --count    # bytes, no clock; any machine
     python -m chapters.chapter01_layers.compare_forms            # times on this machine
-    python -m chapters.chapter01_layers.compare_forms --json FILE    # and keep them
+    python -m chapters.chapter01_layers.compare_forms --json FILE    # and write them to a file
+    python -m chapters.chapter01_layers.compare_forms --keep     # and put them into the text
     python -m chapters.chapter01_layers.compare_forms --table FILE   # a file's times in Markdown
 
 Every form is checked against float64 in the run that times it. A CPU is timed with one thread, in
@@ -23,9 +24,11 @@ import torch
 
 from chapters.chapter01_layers.results import environment, table
 from chapters.chapter01_layers.traffic import count_traffic
+from chapters.machine.texts import replace_block
 from minivllm.layers.activation import silu_and_mul
 from minivllm.layers.layernorm import add_rms_norm
 
+FOLDER = Path(__file__).parent
 EPS = 1e-6
 FORMS = ("eager", "compile", "triton")
 FUNCTIONS = ("add_rms_norm", "silu_and_mul")
@@ -183,12 +186,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=None, metavar="T")
     parser.add_argument("--size", type=int, default=1024, help="numbers a token (Qwen3-0.6B: 1024)")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write results")
+    parser.add_argument("--keep", action="store_true", help="put the results into the text")
     parser.add_argument("--table", type=Path, default=None, metavar="FILE", help="print results")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not cuda:
         parser.error("--device cuda: PyTorch finds no CUDA device; leave it out to run on the CPU")
     if arguments.size < 1 or min(arguments.tokens or [1]) < 1:
         parser.error("--size and --tokens must be at least 1")
+    if arguments.keep:
+        # Files and text stand for each other: forms_cpu.json and forms_gpu.json, as they are named.
+        arguments.json = FOLDER / f"forms_{'gpu' if arguments.device == 'cuda' else 'cpu'}.json"
     arguments.tokens = arguments.tokens or (
         [1, 256, 4096, 65536] if arguments.device == "cuda" else [1, 256, 4096]
     )
@@ -233,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> list[Timing]:
         content = {**settings, "dtype": arguments.dtype, "size": arguments.size}
         content["rows"] = [asdict(row) for row in rows]
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if arguments.keep:
+            replace_block(FOLDER / "README.md", f"times {arguments.json.name}", table(content))
     return rows
 
 

@@ -1,7 +1,8 @@
 """How long one more token takes when everything before it is computed again.
 
     python -m chapters.chapter02_qwen3_model.measure
-    python -m chapters.chapter02_qwen3_model.measure --json growth.json
+    python -m chapters.chapter02_qwen3_model.measure --json FILE
+    python -m chapters.chapter02_qwen3_model.measure --keep    # and put it into text and figure
 
 A CPU is timed with one thread and in CPU seconds, so that other programs disturb less; a GPU by the
 clock on the wall.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from chapters.chapter02_qwen3_model import results
 from minivllm.models.generate import generate_by_recomputing
 from minivllm.models.hub import model_folder
 from minivllm.models.loader import load_model
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="a folder or a name on the hub; the embedded model if none")
     parser.add_argument("--lengths", nargs="+", type=int, default=None, metavar="T")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
+    parser.add_argument("--keep", action="store_true", help="put the results into the text")
     arguments = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -97,6 +100,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    if arguments.keep:
+        if device != "cpu" or arguments.model or arguments.lengths:
+            print(
+                "--keep: the text shows the embedded model on a CPU, and all lengths",
+                file=sys.stderr,
+            )
+            return 2
+        arguments.json = results.RESULT
     settings = environment(device)
     print(", ".join(f"{key} {value}" for key, value in settings.items()))
     print(f"{'tokens so far':>13} {'ms for the next':>16} {'rows computed':>14} {'new':>4}")
@@ -107,6 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         content = {**settings, "model": folder.name, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if arguments.keep:
+        from chapters.chapter02_qwen3_model import figures
+
+        results.main()
+        figures.main()
     return 0
 
 

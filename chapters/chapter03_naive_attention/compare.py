@@ -1,7 +1,8 @@
 """Naive attention in PyTorch, as one Triton kernel, and PyTorch's own, on the same prompts.
 
     python -m chapters.chapter03_naive_attention.compare
-    python -m chapters.chapter03_naive_attention.compare --json compare.json
+    python -m chapters.chapter03_naive_attention.compare --json FILE
+    python -m chapters.chapter03_naive_attention.compare --keep    # and put it into the text
 
 The shapes are those of a layer of Qwen3-0.6B. Without a GPU the Triton kernel is left out: its
 interpreter is for looking, not for timing.
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from chapters.chapter03_naive_attention import results
 from minivllm.attention.naive import NaiveAttention
 from minivllm.benchmarks.harness import peak_memory, time_calls
 from minivllm.benchmarks.report import machine_facts, write_report
@@ -51,8 +53,14 @@ def forms(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="write the results")
+    parser.add_argument("--keep", action="store_true", help="put the results into the text")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.keep:
+        if device.type != "cuda":
+            print("--keep: the text shows these times on a GPU", file=sys.stderr)
+            return 2
+        arguments.json = results.FOLDER / results.FORMS
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sequences, lengths = (64, (64, 256)) if device.type == "cuda" else (4, (64, 256))
     facts = machine_facts()
@@ -77,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             megabytes = "-" if extra is None else f"{extra / 2**20:.0f}"
             print(f"{length:>11}  {name:<29} {milliseconds:>8.3f} {megabytes:>18}", flush=True)
     write_report(arguments.json, {"rows": rows})
+    if arguments.keep:
+        results.main()
     return 0
 
 

@@ -1,7 +1,8 @@
 """How long one more token takes with and without a KV cache.
 
     python -m chapters.chapter03_naive_attention.measure
-    python -m chapters.chapter03_naive_attention.measure --json cache.json
+    python -m chapters.chapter03_naive_attention.measure --json FILE
+    python -m chapters.chapter03_naive_attention.measure --keep    # and put it into the text
 
 A CPU is timed with one thread and in CPU seconds, so that other programs disturb less; a GPU by the
 clock on the wall.
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from chapters.chapter03_naive_attention import results
 from minivllm.attention.naive import generate_with_cache
 from minivllm.benchmarks.report import machine_facts, write_report
 from minivllm.models.generate import generate_by_recomputing
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="a folder or a name on the hub; the embedded model if none")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="T")
     parser.add_argument("--json", metavar="FILE", help="write the results")
+    parser.add_argument("--keep", action="store_true", help="put the results into the text")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -73,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    if arguments.keep:
+        arguments.json = results.FOLDER / results.STEPS["CPU" if device.type == "cpu" else "GPU"]
     # An end token would end the measurement.
     model.config = dataclasses.replace(model.config, eos_token_ids=())
     facts = machine_facts()
@@ -88,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{length:>13,}  {rows[-1].recomputing:>15.1f}  {rows[-1].cached:>18.2f}", flush=True)
     result = {"model": folder.name, "rows": [dataclasses.asdict(row) for row in rows]}
     write_report(arguments.json, result)
+    if arguments.keep:
+        results.main()
     return 0
 
 

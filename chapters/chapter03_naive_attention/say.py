@@ -22,6 +22,9 @@ def say(arguments: argparse.Namespace) -> None:
     from minivllm.models.loader import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.model is None:
+        # The embedded model is too small for a second thread to help.
+        torch.set_num_threads(1)
     # A CPU computes fastest in float32; a GPU takes the checkpoint's own dtype.
     dtype = torch.float32 if device == "cpu" else None
     folder = model_folder(arguments.model)

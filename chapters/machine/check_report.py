@@ -1,6 +1,7 @@
 """What ``check`` prints: each task red or green, what failed first, and why it works."""
 
 import re
+import textwrap
 from collections.abc import Container, Sequence
 
 from chapters.machine.manifest import Chapter
@@ -9,6 +10,7 @@ from chapters.machine.screen import Screen
 from chapters.machine.standing import Standing, is_green
 from chapters.machine.workspace import FOLDER
 
+LINES = 6  # of a failure's message
 _COLOUR = {"green": "green", "red": "red", "skipped": "yellow"}
 
 
@@ -48,7 +50,7 @@ def print_check(
         elif found.status == "red" and not report.broken:
             if found.test:
                 screen.line(f"       {found.test}")
-            for row in short(found.message, screen.width - 9):
+            for row in short(found.message, screen.width - 9, found.text):
                 screen.line(f"         {row}")
             if found.blank and len(found.task.targets) > 1:
                 names = ", ".join(target.name for target in found.blank)
@@ -59,15 +61,36 @@ def print_check(
     _print_summary(screen, chapter, standings, report, following)
 
 
-def short(message: str, width: int) -> list[str]:
-    """The first lines of a failure, each at most ``width`` long, without the exception's frame."""
+def short(message: str, width: int, text: str = "") -> list[str]:
+    """The first lines of a failure, wrapped to ``width``, without the exception's frame.
+
+    text: all of the failure. If it is no assertion, the learner's line in it is shown as well.
+    """
     # What a blank says needs no exception around it.
     blank = re.search(r"Task \d+\.\d+ \(.*?\): not written yet", message)
     if blank:
         return [blank[0]]
+    where = "" if message.startswith(("AssertionError", "assert ")) else _place(text)
     message = re.sub(r"^AssertionError: ", "", message)
-    rows = [row.rstrip() for row in message.splitlines() if row.strip()][:3]
-    return [row if len(row) <= width else row[: width - 4].rstrip() + " ..." for row in rows]
+    # pytest explains an assertion's values below what the test itself says; that is enough.
+    message = re.split(r"\nassert |\n\s*\+  where ", message)[0]
+    # The folder of the checkout says nothing, nor does pytest's remark on what it left out.
+    message = re.sub(r"[^\s'\"]*/(?=workspace/minivllm/)", "", message)
+    rows = [row.rstrip() for row in message.splitlines() if row.strip()]
+    rows = [row for row in rows if "full report in element text" not in row]
+    result = []
+    for row in rows[:LINES]:
+        margin = " " * (len(row) - len(row.lstrip()))
+        result += textwrap.wrap(row, width, subsequent_indent=margin + "  ")[:LINES]
+    if len(rows) > LINES or len(result) > LINES:
+        result = [*result[: LINES - 1], "..."]
+    return result + ([f"at {where}"] if where and where not in message else [])
+
+
+def _place(text: str) -> str:
+    """The last line of the learner's package in a traceback: ``file:line``."""
+    found = re.findall(r'File "[^"]*?(workspace/minivllm/[^"]+)", line (\d+)', text)
+    return f"{found[-1][0]}:{found[-1][1]}" if found else ""
 
 
 def _print_others(screen: Screen, standings: Sequence[Standing], report: Report) -> None:
@@ -83,7 +106,7 @@ def _print_others(screen: Screen, standings: Sequence[Standing], report: Report)
     screen.line("  other tests of the chapter are red:")
     for outcome in others[:3]:
         screen.line(f"       {outcome.name}")
-        for row in short(outcome.message, screen.width - 9):
+        for row in short(outcome.message, screen.width - 9, outcome.text):
             screen.line(f"         {row}")
 
 

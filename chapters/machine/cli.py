@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Run one command. Returns 0, 1 if tests are red or texts out of date, 2 for a mistake."""
     screen = Screen()
     try:
-        arguments = build_parser().parse_args(argv)
+        # Somebody who types nothing more wants to know what there is.
+        words = sys.argv[1:] if argv is None else list(argv)
+        arguments = build_parser().parse_args(words or ["list"])
         course = Course.load(root)
         return _COMMANDS[arguments.command](course, screen, arguments)
     except CourseError as error:

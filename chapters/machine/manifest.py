@@ -141,7 +141,7 @@ class Course:
         written = [number for number in self.chapters if self.files(number)]
         if not written:
             return "the course has no chapters yet"
-        return f"the course has chapters {written[0]} to {written[-1]}"
+        return f"chapters {written[0]} to {written[-1]} are written"
 
     @cached_property
     def package_files(self) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from chapters.machine.source import SourceError, is_blank
 class Standing:
     """How a task stands: green, red or skipped, and the test that says so.
 
-    blank: the targets that are still as the course gave them.
+    blank: the targets that are still as the course gave them. message: what the test said in short;
+    text: all of it.
     """
 
     task: Task
@@ -21,6 +22,7 @@ class Standing:
     blank: tuple[Target, ...]
     test: str = ""
     message: str = ""
+    text: str = ""
 
 
 def standing(files: Mapping[str, str], task: Task, report: Report) -> Standing:
@@ -32,7 +34,9 @@ def standing(files: Mapping[str, str], task: Task, report: Report) -> Standing:
     if failed or report.broken:
         first = (named or failed or [None])[0]
         message = first.message if first else report.broken
-        return Standing(task, "red", blank, first.name if first else "", message)
+        if first is None:
+            return Standing(task, "red", blank, "", message)
+        return Standing(task, "red", blank, first.name, message, first.text)
     if blank or not outcomes:
         return Standing(task, "red", blank, "", task.message if blank else "its tests did not run")
     if all(outcome.status == "skipped" for outcome in outcomes):

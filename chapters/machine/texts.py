@@ -8,10 +8,13 @@ alone. ``python -m chapters sync`` fills all texts, and a test compares.
     <!-- quote minivllm/layers/activation.py -->                    a whole file
     <!-- map 3 -->              the package after chapter 3, new files marked; a fenced block
     <!-- table of chapters -->  followed by a Markdown table
+    <!-- hints 3.2 -->          the task's hints, folded; up to <!-- end of hints -->
+    <!-- bug 3.a -->            symptom, how to plant it, diagnosis; up to <!-- end of bug -->
 """
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -19,7 +22,8 @@ from chapters.machine.manifest import Course, CourseError
 from chapters.machine.source import SourceError, quoted_part
 
 PARTS = ("all", "signature", "body")
-_MARKER = re.compile(r"\s*<!--\s*(quote|map|table of chapters)\b(.*?)-->\s*$")
+_MARKER = re.compile(r"\s*<!--\s*(quote|map|table of chapters|hints|bug)\b(.*?)-->\s*$")
+_ENDED = ("hints", "bug")  # their blocks are prose, which needs a line that says where it ends
 
 
 def course_texts(root: Path) -> list[Path]:
@@ -68,8 +72,8 @@ def filled(course: Course, text: str) -> str:
         kind, argument = marker[1], marker[2].strip()
         try:
             result += _block(course, kind, argument)
-            index = _end_of_block(lines, index, table=kind == "table of chapters")
-        except ValueError as error:
+            index = _end_of_block(lines, index, kind)
+        except (ValueError, CourseError) as error:
             raise CourseError(f"line {index}: {error}") from None
     return "\n".join(result)
 
@@ -88,6 +92,10 @@ def _block(course: Course, kind: str, argument: str) -> list[str]:
         if not argument.isdigit() or int(argument) not in course.chapters:
             raise ValueError(f"map {argument!r} must name a chapter")
         return _fenced("\n".join(package_map(course, int(argument))), "text")
+    if kind == "hints":
+        return [*folded_hints(course, argument), f"<!-- end of {kind} -->"]
+    if kind == "bug":
+        return [*bug_report(course, argument), f"<!-- end of {kind} -->"]
     return list(chapter_table(course))
 
 
@@ -97,12 +105,19 @@ def _fenced(code: str, language: str) -> list[str]:
     return [fence + language, *code.split("\n"), fence]
 
 
-def _end_of_block(lines: list[str], index: int, *, table: bool) -> int:
+def _end_of_block(lines: list[str], index: int, kind: str) -> int:
     """The line behind the block that follows a marker, or ``index`` if none follows."""
     start = index
+    if kind in _ENDED:
+        for end in range(start, len(lines)):
+            if lines[end].strip() == f"<!-- end of {kind} -->":
+                return end + 1
+            if _MARKER.match(lines[end]):
+                break
+        return index
     while start < len(lines) and not lines[start].strip():
         start += 1
-    if table:
+    if kind == "table of chapters":
         while start < len(lines) and lines[start].startswith("|"):
             start, index = start + 1, start + 1
         return index
@@ -113,6 +128,49 @@ def _end_of_block(lines: list[str], index: int, *, table: bool) -> int:
         if lines[end].strip() == fence:
             return end + 1
     raise ValueError("the fenced block that follows is never closed")
+
+
+def folded_hints(course: Course, task_id: str) -> Iterator[str]:
+    """A task's hints, each to be unfolded by itself."""
+    _, task = course.task(task_id)
+    for step, hint in enumerate(task.hints, start=1):
+        yield from _folded(f"Hint {step}", [hint])
+
+
+def bug_report(course: Course, bug_id: str) -> Iterator[str]:
+    """A planted bug: what the reader sees, and folded, how to plant it and what it is."""
+    bugs = [bug for chapter in course.chapters.values() for bug in chapter.bugs]
+    bug = next((bug for bug in bugs if bug.id == bug_id), None)
+    if bug is None:
+        raise ValueError(f"there is no bug {bug_id!r}; there are {', '.join(b.id for b in bugs)}")
+    yield f"**{bug.id} {bug.title}.** {bug.symptom}"
+    yield ""
+    changed = [
+        sign + row
+        for sign, text in (("-", bug.find), ("+", bug.replace))
+        for row in textwrap.dedent(text.strip("\n")).split("\n")
+    ]
+    patch = [f"In `workspace/{bug.file}`:", "", *_fenced("\n".join(changed), "diff")]
+    yield from _folded("Plant it", patch)
+    yield from _folded("Diagnosis", [bug.answer])
+
+
+def _folded(title: str, rows: list[str]) -> list[str]:
+    return [f"<details><summary>{title}</summary>", "", *rows, "", "</details>"]
+
+
+def replace_block(file: Path, mark: str, content: str) -> None:
+    """Write ``content`` between ``<!-- mark -->`` and ``<!-- end of (its first word) -->``.
+
+    Raises ValueError if ``file`` has no such block. For what a measurement puts into a text.
+    """
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark.split()[0]} -->"
+    text = file.read_text(encoding="utf-8")
+    before, found, rest = text.partition(f"{begin}\n")
+    _, closed, after = rest.partition(f"\n{end}")
+    if not found or not closed:
+        raise ValueError(f"{file.name} has no block from {begin} to {end}")
+    file.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
 
 
 def chapter_table(course: Course) -> Iterator[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from minivllm.models.config import ModelConfig
+from minivllm.models.generate import check_request
 
 
 def causal_mask(
@@ -32,6 +33,9 @@ def naive_attention(
 
     q: [Q, H, D], the queries of the last Q of L tokens; k, v: [L, G, D], H a multiple of G; query
     head h reads key head h // (H / G) (Ainslie et al. 2023). Returns [Q, H, D].
+
+    Raises ValueError naming both numbers for what does not fit: "q has 4 heads, no multiple of the
+    3 of k and v", or "q has 5 tokens but k and v only 3".
     """
     num_queries, num_heads, _ = q.shape
     context_len, num_kv_heads, _ = k.shape
@@ -98,7 +102,8 @@ class ContiguousKVCache:
         """Append k, v [Q, G, D] at position ``start`` of ``row``.
 
         Returns views of all that the row now holds, [start + Q, G, D] each. Raises ValueError if
-        the row is too short.
+        the row is too short, as in "the sequence grew to 9 tokens but the cache was built with
+        max_len=8".
         """
         end = start + len(k)
         if end > self.max_len:
@@ -143,11 +148,11 @@ def generate_with_cache(
 ) -> Iterator[int]:
     """Yield greedy tokens one by one: one prefill of the prompt, then one token a step.
 
-    Stops after ``max_tokens`` or after an end token of the model, which is yielded too.
+    Stops after ``max_tokens`` or after an end token of the model, which is yielded too. Raises
+    ValueError, when the first token is asked for, if :func:`check_request` does.
     """
-    if not prompt_token_ids:
-        raise ValueError("prompt_token_ids is empty; give at least one token")
     config = model.config
+    check_request(config, prompt_token_ids, max_tokens)
     weight = model.lm_head.weight
     cache = ContiguousKVCache(
         config, 1, len(prompt_token_ids) + max_tokens, dtype=weight.dtype, device=weight.device

@@ -71,7 +71,12 @@ def _ntk_base(head_size: int, base: float, scaling: RopeScaling, max_positions: 
 
 
 def _llama3(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Long waves are stretched by ``factor``, short ones kept, those between interpolated."""
+    """Slow pairs are slowed by ``factor``, fast ones kept, those between blended by their turns.
+
+    inv_freq: [D / 2], radians a token. A pair's turns are how often it goes round within
+    ``original_max_positions`` tokens: up to ``low_freq_factor`` turns it is slow, from
+    ``high_freq_factor`` on fast, and between them its share of the plain speed grows evenly.
+    """
     turns = scaling.original_max_positions * inv_freq / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)

@@ -88,6 +88,11 @@ class Sampler(nn.Module):
     """Picks one token a row: logits [B, V] -> token ids int64 [B]."""
 
     def forward(self, logits: torch.Tensor, params: SamplingTensors) -> torch.Tensor:
+        """logits: [B, V] -> token ids int64 [B].
+
+        A row of temperature 0 takes its likeliest token. Any other divides its logits, in float32,
+        by its temperature, then drops what min_p, then what top_k and top_p drop, and draws.
+        """
         if params.temperature is None:
             return logits.argmax(dim=-1)
         assert params.seed is not None and params.step is not None

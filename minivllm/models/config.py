@@ -84,6 +84,16 @@ class ModelConfig:
         """Translate the keys of transformers 4 and 5, which differ for RoPE and the dtype.
 
         config, generation: the parsed ``config.json`` and ``generation_config.json``.
+
+        What may be absent or null: ``architectures`` (the architecture is then "(none named)",
+        which the loader refuses), ``num_key_value_heads`` (then as many as query heads),
+        ``head_dim`` (128 for a Qwen3, else hidden size / query heads), ``rope_theta`` (10,000),
+        ``rms_norm_eps`` (1e-6), the booleans (False), the dtype (float32). End tokens are those of
+        ``generation`` if it has any, else those of ``config``. ``max_positions`` counts what YaRN
+        stretches the context to.
+
+        Raises ValueError for a size that is missing or no whole number, and for a model that this
+        package cannot run.
         """
         architecture = (config.get("architectures") or ["(none named)"])[0]
         _refuse_what_is_not_built(config)

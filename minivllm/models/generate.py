@@ -10,7 +10,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minivllm.models.config import ModelConfig
 from minivllm.models.qwen3 import Attend
+
+
+def check_request(config: ModelConfig, prompt_token_ids: list[int], max_tokens: int) -> None:
+    """Raises ValueError if the prompt is empty or the answer could pass the model's positions."""
+    if not prompt_token_ids:
+        raise ValueError("prompt_token_ids is empty; give at least one token")
+    # The last token is yielded without ever going through the model: it needs no position.
+    positions = len(prompt_token_ids) + max_tokens - 1
+    if positions > config.max_positions:
+        raise ValueError(
+            f"prompt_token_ids has {len(prompt_token_ids)} tokens, which with "
+            f"max_tokens={max_tokens} need {positions} positions, but the model has "
+            f"{config.max_positions}; shorten the prompt or lower max_tokens"
+        )
 
 
 def borrowed_attention(scale: float) -> Attend:
@@ -40,11 +55,11 @@ def generate_by_recomputing(
 ) -> Iterator[int]:
     """Yield greedy tokens one by one, each from a forward pass over all tokens before it.
 
-    Stops after ``max_tokens`` or after an end token of the model, which is yielded too.
+    Stops after ``max_tokens`` or after an end token of the model, which is yielded too. Raises
+    ValueError, when the first token is asked for, if :func:`check_request` does.
     """
-    if not prompt_token_ids:
-        raise ValueError("prompt_token_ids is empty; give at least one token")
     config = model.config
+    check_request(config, prompt_token_ids, max_tokens)
     device = model.lm_head.weight.device
     attend = borrowed_attention(config.head_size**-0.5)
     token_ids = list(prompt_token_ids)

@@ -17,9 +17,11 @@ class LlamaAttention(Qwen3Attention):
     def add_head_norms(
         self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        """Llama has none."""
+        """Llama has none, and a model that has no such parameter asks no checkpoint for it."""
+        return
 
     def norm_heads(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q: [T, H, D]; k: [T, G, D]. Returns both in the same shapes."""
         return q, k
 
 
