@@ -9,7 +9,7 @@ instead:
     acc      the sum of exp(score - row_max) * value over the keys seen so far
 
 When a tile brings a larger maximum, what was summed before is too large by a known
-factor, exp(old maximum - new maximum), and is scaled down. After the last tile
+factor, exp(new maximum - old maximum), and is scaled down. After the last tile
 acc / row_sum is exactly softmax(scores) @ values, whatever the tile size.
 
 Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018);
@@ -19,6 +19,7 @@ is its twin: the oracle of its tests, and the path on a CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -33,7 +34,7 @@ def online_softmax_step(
     scores: torch.Tensor,
     values: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take one tile of keys into the running softmax.
+    """Take one tile of n keys into the running softmax of M query rows.
 
     Args:
         row_max: [..., M] largest score of each query row so far, -inf at the start.
@@ -43,8 +44,8 @@ def online_softmax_step(
         values: [..., n, D] values of this tile.
 
     Returns:
-        The three running values after this tile. Every row must have seen at least one
-        finite score by then: -inf - (-inf) would be NaN.
+        The three running values after this tile, as new tensors. Every row must have seen
+        at least one finite score by then: -inf - (-inf) would be NaN.
     """
     new_max = torch.maximum(row_max, scores.amax(dim=-1))
     shrink = torch.exp(row_max - new_max)
@@ -55,20 +56,15 @@ def online_softmax_step(
 
 
 def attend_in_tiles(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    tile: int = 128,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, tile: int
 ) -> torch.Tensor:
-    """Causal attention of one sequence, `tile` keys at a time.
+    """Causal attention of one block of queries, `tile` keys at a time.
 
     Args:
         q: [M, H, D] queries; they stand at the last M of the L positions.
         k: [L, G, D] keys, L >= M and H a multiple of G.
         v: [L, G, D] values.
-        scale: factor on the scores, usually 1 / sqrt(D).
+        scale: factor on the scores, usually D ** -0.5.
         tile: keys a step; the result does not depend on it, the memory does.
 
     Returns:
@@ -79,7 +75,7 @@ def attend_in_tiles(
     group = num_heads // num_kv_heads
     wide = torch.promote_types(q.dtype, torch.float32)
     # [G, group, M, D]: the query heads of one group share their keys and values.
-    queries = q.to(wide).view(num_queries, num_kv_heads, group, head_size).permute(1, 2, 0, 3)
+    queries = q.to(wide).unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
     positions = torch.arange(length - num_queries, length, device=q.device)
 
     row_max = queries.new_full(queries.shape[:3], float("-inf"))
@@ -95,6 +91,24 @@ def attend_in_tiles(
         row_max, row_sum, acc = online_softmax_step(row_max, row_sum, acc, scores, values)
     out = acc / row_sum.unsqueeze(-1)
     return out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_size).to(q.dtype)
+
+
+def attend_in_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, tile: int
+) -> torch.Tensor:
+    """Causal attention of one sequence, `tile` queries and `tile` keys at a time.
+
+    A block of queries meets the keys up to its own last position; what lies behind is hidden from
+    all of it, and is not touched. The arguments are those of :func:`attend_in_tiles`: q [M, H, D]
+    at the last M of the L positions, k and v [L, G, D]. Returns [M, H, D] in q's dtype.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    context = len(k) - len(q)  # tokens before the first query: from a cache, or none
+    for first in range(0, len(q), tile):
+        last = min(first + tile, len(q))
+        seen = context + last
+        out[first:last] = attend_in_tiles(q[first:last], k[:seen], v[:seen], scale=scale, tile=tile)
+    return out
 
 
 def flash_attention(
@@ -127,13 +141,38 @@ def flash_attention(
     # float64 too: what the kernels are checked against is computed here.
     dtypes = (*DTYPES, torch.float64)
     check_flash_inputs(q, k, v, cu_seqlens, scale, max_seqlen, dtypes)
+    if tile < 1:
+        raise ValueError(f"tile={tile} must be at least 1")
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    bounds = cu_seqlens.tolist()
-    for start, stop in pairwise(bounds):
-        for first in range(start, stop, tile):
-            last = min(first + tile, stop)
-            # Keys after this tile's last query are hidden from all of it: leave them out.
-            out[first:last] = attend_in_tiles(
-                q[first:last], k[start:last], v[start:last], scale=scale, tile=tile
-            )
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        rows = slice(begin, end)
+        out[rows] = attend_in_blocks(q[rows], k[rows], v[rows], scale=scale, tile=tile)
     return out
+
+
+class FlashAttention:
+    """``attend`` for sequences laid end to end, without a score matrix and without a cache.
+
+    cu_seqlens: the boundaries, [0, end of the first, end of the second, ...], B + 1 numbers.
+    scale: what the scores are multiplied by, D ** -0.5.
+    form: :func:`flash_attention`, or that of ``flash_kernels.py``.
+    """
+
+    def __init__(
+        self,
+        cu_seqlens: Sequence[int],
+        scale: float,
+        *,
+        form: Callable[..., torch.Tensor] = flash_attention,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+        self.max_seqlen = max((end - begin for begin, end in pairwise(cu_seqlens)), default=0)
+        self.scale = scale
+        self.form = form
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """q: [T, H, D]; k, v: [T, G, D]. No token sees another sequence's. Returns [T, H, D]."""
+        return self.form(q, k, v, self.cu_seqlens, scale=self.scale, max_seqlen=self.max_seqlen)

@@ -9,9 +9,12 @@ Which program owns which tile (one sequence, one query head):
              program 3  [ full ] [ full ] [ full ] [ diag ]
 
 A program keeps its BLOCK_M query rows, their running maximum, sum and output in
-registers, and walks from left to right over tiles of BLOCK_N keys and values. Only the
-finished output is written. The grid has one such row of programs for each (query head,
+registers, and walks from left to right over tiles of BLOCK_N keys and values. A tile
+right of the diagonal is hidden from all its rows, and never loaded. Only the finished
+output is written. The grid has one such column of programs for each (query head,
 sequence); a program whose rows lie past the end of a shorter sequence returns at once.
+
+The same with copies, products and softmax overlapped: `flash_hopper_kernels.py`.
 """
 
 from __future__ import annotations
@@ -36,10 +39,12 @@ def attend_to_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, PRECISIO
     """Take one tile of keys and values into the running softmax of q's rows.
 
     q [M, D]; k, v [N, D]; visible [M, N] or [1, N] says who may look at whom. row_max, row_sum [M]
-    and acc [M, D] are float32.
+    and acc [M, D] are float32. Returns the three after this tile. PRECISION goes to tl.dot as
+    ``input_precision``.
 
-    exp(scale * x) is computed as exp2(scale * log2(e) * x): the chip has an instruction for exp2
-    only. The maximum is scaled first, which leaves one multiply-add for each score.
+    exp(scale * x) is computed as exp2(scale_log2 * x), where scale_log2 = scale * log2(e): the chip
+    has an instruction for exp2 only. row_max is the maximum of scale_log2 * x. It is scaled once
+    for a row, which leaves one multiply-add for each score.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     scores = tl.where(visible, scores, float("-inf"))
@@ -75,6 +80,13 @@ def flash_attention_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Attend with BLOCK_M queries of one head of one sequence to the keys up to their own.
+
+    q, out: [T, H, D]; k, v: [T, G, D], tokens ``*_stride_t`` and heads ``*_stride_h`` numbers
+    apart; cu_seqlens: [B + 1]. Query head ``program_id(1)``, sequence ``program_id(2)``; the row
+    blocks are dealt out from the last (``program_id(0)`` 0) to the first. scale_log2 and PRECISION:
+    see attend_to_tile.
+    """
     # The last rows have the longest way to go: they start first, the short ones fill the gaps.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)

@@ -22,11 +22,13 @@ from minivllm.attention.flash_kernels import padded_head_size, shared_memory
 from minivllm.attention.paged_checks import check_plan_inputs
 
 
-@triton.jit
+# Not compiled anew where one of them happens to be 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["batch", "table_stride", "most", "shares", "few_shares"])
 def plan_kernel(
     block_tables_ptr,
     context_lens_ptr,
     share_ptr,
+    cut_ptr,
     tile_seq_ptr,
     tile_left_ptr,
     tile_slot_ptr,
@@ -45,9 +47,11 @@ def plan_kernel(
 ):
     """One program writes down the tiles of one sequence, the first one also what each share has.
 
-    share [shares, 2]: its tiles, and whether the first of them begins its sequence. tile_seq,
-    tile_left [shares, most]: the sequence, and its tokens from this tile on. tile_slot
-    [shares, most, TILE / RUN]: the first slot of each run of tokens.
+    share [shares, 2]: its tiles, and whether the first of them begins its sequence.
+    cut [shares, 2]: the sequence that the end of share i cuts, and the share where it ends, if that
+    is the first border in it; else the second number is at most i.
+    tile_seq, tile_left [shares, most]: the sequence, and its tokens from this tile on.
+    tile_slot [shares, most, TILE / RUN]: the first slot of each run of tokens.
     """
     seq = tl.program_id(0)
     seqs = tl.arange(0, BLOCK_B)
@@ -61,9 +65,12 @@ def plan_kernel(
         ids = tl.arange(0, BLOCK_SHARES)
         count = tl.minimum(tl.maximum(total - ids * share, 0), share)
         tl.store(share_ptr + 2 * ids, count, mask=ids < shares)
+        tl.store(cut_ptr + 2 * ids + 1, 0, mask=(ids < shares) & (count == 0))
 
     begin = tl.sum(tl.where(seqs < seq, tiles, 0), axis=0)
     length = tl.load(context_lens_ptr + seq)
+    first = begin // share  # the shares that the sequence lies in
+    last = (begin + tl.maximum(tl.cdiv(length, TILE), 1) - 1) // share
     table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
     runs = TILE // RUN
     for start in tl.range(0, tl.maximum(length, 1), CHUNK * TILE):
@@ -75,6 +82,10 @@ def plan_kernel(
         tl.store(tile_left_ptr + place, length - token, mask=mask)
         starts = (token == 0).to(tl.int32)
         tl.store(share_ptr + 2 * (tile // share) + 1, starts, mask=mask & (tile % share == 0))
+        at_end = mask & ((tile % share == share - 1) | (tile == total - 1))
+        cut_at = cut_ptr + 2 * (tile // share)
+        tl.store(cut_at, tl.zeros_like(tile) + seq, mask=at_end)
+        tl.store(cut_at + 1, tl.where(tile // share == first, last, 0), mask=at_end)
         for run in tl.static_range(TILE // RUN):
             run_token = token + run * RUN
             block = tl.load(table_ptr + run_token // S, mask=run_token < length, other=0)
@@ -88,7 +99,7 @@ class PagedDecodePlan:
     graph finds everything at the same addresses. Two decodes that may run at the same time need a
     plan each.
 
-    share, tile_seq, tile_left, tile_slot: int32, see ``plan_kernel``. partial_out: float32
+    share, cut, tile_seq, tile_left, tile_slot: int32, see ``plan_kernel``. partial_out: float32
     [2 * shares, H, D]; partial_lse: float32 [2 * shares, H].
     """
 
@@ -109,6 +120,7 @@ class PagedDecodePlan:
         min_share: int = 2,
         num_warps: int = 4,
         num_stages: int | None = None,
+        wide_from: int | None = None,
     ) -> None:
         """Reserve memory.
 
@@ -125,8 +137,10 @@ class PagedDecodePlan:
             programs_each: programs for each of them, as many as run side by side.
             tile: tokens of a tile; chosen by head size and dtype when None.
             min_share: tiles of a share that are worth a program; below that fewer take part.
-            num_warps: see Triton.
+            num_warps: see Triton; of a program with one KV head.
             num_stages: tiles in flight, see Triton; as many as fit when None.
+            wide_from: from so many sequences on, half as many programs take two KV heads each;
+                when None, from 32 where that fits.
 
         Raises:
             ValueError: if the heads cannot be grouped.
@@ -152,7 +166,22 @@ class PagedDecodePlan:
         self.few_shares = max(1, processors // num_kv_heads)
         self.min_share = min_share
         self.num_warps = num_warps
-        self.num_stages = num_stages or (3 if shared_memory(device) > 96 * 1024 else 2)
+        # Fast memory of a program: two tiles of K and of V on their way, and q's rows four times.
+        group = num_heads // num_kv_heads
+        row = padded_head_size(head_size) * dtype.itemsize
+        q_bytes = 4 * max(16, triton.next_power_of_2(group)) * row
+        most_bytes = shared_memory(device)
+        self.num_stages = num_stages or (3 if 4 * self.tile * row + q_bytes <= most_bytes else 2)
+        # Two KV heads: 512 bytes in a row instead of 256, and half as many places of the memory
+        # that are read at a time, gain 1 to 2 % where memory is the limit. For few sequences more
+        # programs are better. Tried in vain (H200, 1k x 256 to 16k x 128): four or eight heads
+        # (more pieces to merge), the copy engine's descriptors, four stages, five of half the size
+        # (20 % slower), smaller shares at the end, a hint to keep the list in the L2 cache. Hints
+        # for K and V are lost in Triton's asynchronous copies.
+        if wide_from is None:
+            wide_from = 32 if 8 * self.tile * row + q_bytes <= most_bytes else max_batch + 1
+        pairs = num_kv_heads % 2 == 0 and 2 * group <= 16
+        self.wide_from = wide_from if pairs else max_batch + 1
         # Hopper and later can start a kernel while the one in front finishes.
         self.dependent = on_gpu and torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -160,6 +189,7 @@ class PagedDecodePlan:
         most = max(min_share, triton.cdiv(max_tiles, self.shares))
         runs = self.tile // min(block_size, self.tile)
         self.share = torch.zeros(self.shares, 2, dtype=torch.int32, device=device)
+        self.cut = torch.zeros_like(self.share)
         self.tile_seq = torch.zeros(self.shares, most, dtype=torch.int32, device=device)
         self.tile_left = torch.zeros_like(self.tile_seq)
         self.tile_slot = torch.zeros(self.shares, most, runs, dtype=torch.int32, device=device)
@@ -196,6 +226,7 @@ class PagedDecodePlan:
             block_tables,
             context_lens,
             self.share,
+            self.cut,
             self.tile_seq,
             self.tile_left,
             self.tile_slot,
@@ -208,9 +239,9 @@ class PagedDecodePlan:
             S=self.block_size,
             TILE=self.tile,
             RUN=min(self.block_size, self.tile),
-            BLOCK_B=triton.next_power_of_2(batch),
+            BLOCK_B=triton.next_power_of_2(self.max_batch),
             BLOCK_SHARES=triton.next_power_of_2(self.shares),
-            CHUNK=64,
+            CHUNK=256,
             num_warps=4,
         )
 

@@ -39,7 +39,7 @@ from minivllm.attention.paged_checks import check_paged_inputs
 from minivllm.attention.paged_plan_kernels import PagedDecodePlan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def split_decode_kernel(
     q_ptr,
     k_cache_ptr,
@@ -57,6 +57,7 @@ def split_decode_kernel(
     scale_log2,
     G: tl.constexpr,
     GROUP: tl.constexpr,  # query heads for each KV head, H / G
+    HEADS: tl.constexpr,  # KV heads of a program
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -65,31 +66,46 @@ def split_decode_kernel(
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program does one share of the line for one KV head: its row of the list, tile by tile."""
+    """One program does one share of the line for HEADS KV heads: its row of the list, tile by tile.
+
+    A tile has one column for each token and KV head, as they lie in memory. A query sees the
+    columns of its own KV head, which costs nothing: the matrix unit wants 16 rows anyway.
+
+        HEADS = 2           token 0   token 1   token 2         K has rows of 2 * D numbers
+        KV head               0  1      0  1      0  1 ...
+        query heads 0, 1      x  .      x  .      x  .
+        query heads 2, 3      .  x      .  x      .  x
+
+    The share, the list, q [B, H, D] with its strides, the cache [N, S, G, D] and what is put aside:
+    see `PagedDecodePlan`.
+    """
     if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()  # the merge may come and look up what it needs
-    kv_head = tl.program_id(0)
+        gdc_wait()  # looking up before it gains 0.3 us, but the list may be quite new
+        gdc_launch_dependents()  # the merge may come, look up what it needs, and wait
+    kv_head = tl.program_id(0) * HEADS
     share = tl.program_id(1)
     count = tl.load(share_ptr + 2 * share)
     from_start = tl.load(share_ptr + 2 * share + 1) != 0
     begin = share * most
     rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, TILE)
+    cols = tl.arange(0, TILE * HEADS)
+    token = cols // HEADS
     dims = tl.arange(0, BLOCK_D)[None, :]
     heads = kv_head * GROUP + rows
-    row_mask = (rows < GROUP)[:, None] & (dims < D)
+    head_mask = rows < HEADS * GROUP
+    row_mask = head_mask[:, None] & (dims < D)
     q_head = heads[:, None] * q_stride_h + dims
-    # One number a tile where the tile lies within a block, else one for each row.
+    own = (rows // GROUP)[:, None] == (cols % HEADS)[None, :]
+    within_run = ((token % RUN * G + kv_head + cols % HEADS) * D)[:, None] + dims
+    # One number a tile where the tile lies within a block, else one for each column.
     runs = TILE // RUN
-    run = cols // RUN if RUN < TILE else 0
+    run = (token // RUN)[:, None] if RUN < TILE else 0
     # Looked up before it is known whether there is such a tile: one wait instead of two.
     seq = tl.load(tile_seq_ptr + begin)
     left = tl.load(tile_left_ptr + begin)
     slot = tl.load(tile_slot_ptr + begin * runs + run)
     if count > 0:
         end = begin + count
-        q = tl.load(q_ptr + seq.to(tl.int64) * q_stride_b + q_head, mask=row_mask, other=0.0)
         row_max = tl.full([ROWS], LOWEST, tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -101,17 +117,22 @@ def split_decode_kernel(
             next_run = (tile + 1) * runs + run
             next_slot = tl.load(tile_slot_ptr + next_run, mask=next_run < end * runs, other=0)
 
-            slots = slot.to(tl.int64) + cols % RUN  # 64 bits: N * S * G * D can pass 2^31
-            at = ((slots * G + kv_head) * D)[:, None] + dims
-            mask = (cols < left)[:, None] & (dims < D)
-            k = tl.load(k_cache_ptr + at, mask=mask, other=0.0)
-            v = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
+            # With every tile anew: so it comes ahead of time, as K and V do, and a change of
+            # sequence waits for nothing.
+            q = tl.load(q_ptr + seq.to(tl.int64) * q_stride_b + q_head, mask=row_mask, other=0.0)
+            # 64 bits, for N * S * G * D can pass 2^31; within a run of tokens 32 bits do.
+            at = slot.to(tl.int64) * (G * D)
+            mask = (token < left)[:, None] & (dims < D)
+            k = tl.load(k_cache_ptr + at + within_run, mask=mask, other=0.0)
+            v = tl.load(v_cache_ptr + at + within_run, mask=mask, other=0.0)
+            visible = own & (token < left)[None, :]
             row_max, row_sum, acc = attend_to_tile(
-                q, k, v, (cols < left)[None, :], row_max, row_sum, acc, scale_log2, PRECISION
+                q, k, v, visible, row_max, row_sum, acc, scale_log2, PRECISION
             )
             to_end = left <= TILE
             if to_end | (tile + 1 == end):
-                result = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+                denominator = tl.where(row_sum > 0, row_sum, 1.0)
+                result = acc / denominator[:, None]
                 if from_start & to_end:
                     out_at = (seq.to(tl.int64) * (G * GROUP) + heads)[:, None] * D + dims
                     tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=row_mask)
@@ -120,10 +141,8 @@ def split_decode_kernel(
                     # end, and so it needs two places at most.
                     piece = (2 * share + from_start.to(tl.int32)) * (G * GROUP) + heads
                     tl.store(partial_out_ptr + piece[:, None] * D + dims, result, mask=row_mask)
-                    lse = row_max + tl.log2(row_sum)
-                    tl.store(partial_lse_ptr + piece, lse, mask=rows < GROUP)
-                next_q = q_ptr + next_seq.to(tl.int64) * q_stride_b + q_head
-                q = tl.load(next_q, mask=row_mask, other=0.0)
+                    lse = row_max + tl.log2(denominator)
+                    tl.store(partial_lse_ptr + piece, lse, mask=head_mask)
                 row_max = tl.full([ROWS], LOWEST, tl.float32)
                 row_sum = tl.zeros([ROWS], tl.float32)
                 acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -135,20 +154,16 @@ def split_decode_kernel(
 
 @triton.jit
 def merge_kernel(
-    context_lens_ptr,
-    share_ptr,
-    tile_seq_ptr,
-    tile_left_ptr,
+    cut_ptr,
     out_ptr,
     partial_out_ptr,
     partial_lse_ptr,
-    most,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
     PIECES: tl.constexpr,  # taken in one step
     DEPENDENT: tl.constexpr,
+    EAGER: tl.constexpr,
 ):
     """One program merges, for one query head, the sequence that the end of one share cuts.
 
@@ -156,25 +171,24 @@ def merge_kernel(
 
         out = sum_i 2^lse_i * out_i / sum_i 2^lse_i
 
-    Where several borders cut one sequence, the program of the first of them does it.
+    Where several borders cut one sequence, the program of the first of them does it. cut_ptr:
+    [shares, 2], the sequence and the share where it ends; out_ptr: [B, H, D]; the pieces:
+    [2 * shares, H, D] and [2 * shares, H], see `PagedDecodePlan`.
     """
     head = tl.program_id(0)
     first = tl.program_id(1)
-    # What is read up to the wait is older than the kernel in front. The pieces are not, and even a
-    # program with nothing to merge must wait: the next kernel takes our end for the end of both.
-    full = tl.load(share_ptr)  # tiles of all shares but the last ones
-    count = tl.load(share_ptr + 2 * first)
-    last_tile = first * most + count - 1
-    left = tl.load(tile_left_ptr + last_tile, mask=count > 0, other=0)
-    seq = tl.load(tile_seq_ptr + last_tile, mask=count > 0, other=0).to(tl.int64)
-    length = tl.load(context_lens_ptr + seq)
-    before = (length - left) // TILE  # tiles of the sequence in front of the last one here
+    # This is older than the kernel in front. The pieces are not, and even a program with nothing
+    # to merge must wait: the next kernel takes our end for the end of both.
+    seq = tl.load(cut_ptr + 2 * first).to(tl.int64)
+    last = tl.load(cut_ptr + 2 * first + 1)
     if DEPENDENT:
+        if EAGER:
+            gdc_launch_dependents()
         gdc_wait()
-    # Nothing is cut here, or an earlier border cuts it too.
-    if (left <= TILE) | (before >= count):
+        if not EAGER:
+            gdc_launch_dependents()
+    if last <= first:
         return
-    last = first + (count - 1 - before + tl.cdiv(length, TILE) - 1) // full
 
     dims = tl.arange(0, BLOCK_D)
     top = LOWEST
@@ -208,6 +222,7 @@ def paged_decode(
     scale: float,
     plan: PagedDecodePlan | None = None,
     out: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """Attention of one new token for each sequence, over the pages of its context.
 
@@ -223,6 +238,11 @@ def paged_decode(
         plan: prepared for these block_tables and context_lens; made on the spot when None, which
             a model of many layers should not do in each.
         out: [B, H, D] to write into; a new tensor when None.
+        pdl: let it start while the kernel in front finishes (programmatic dependent launch). It
+            waits for that kernel's end before it reads anything; that kernel must in turn have
+            waited for those before it. Without effect before Hopper. What is launched so behind
+            this may start early either way: below plan.wide_from sequences while the shares are
+            read, from there on when they have been.
 
     Returns:
         [B, H, D], contiguous, in q's dtype; zeros where context_lens is 0.
@@ -248,15 +268,16 @@ def paged_decode(
     out = check_out(out, q)
     if batch == 0:
         return out
-    launch = {"launch_pdl": True} if plan.dependent else {}
+    dependent = {"launch_pdl": True} if plan.dependent else {}
     group = num_heads // num_kv_heads
+    wide = batch >= plan.wide_from
+    heads = 2 if wide else 1
     shape = {
         "D": head_size,
         "BLOCK_D": padded_head_size(head_size),
-        "TILE": plan.tile,
         "DEPENDENT": plan.dependent,
     }
-    split_decode_kernel[(num_kv_heads, plan.shares)](
+    split_decode_kernel[(num_kv_heads // heads, plan.shares)](
         q,
         k_cache,
         v_cache,
@@ -272,28 +293,28 @@ def paged_decode(
         scale * LOG2_E,
         G=num_kv_heads,
         GROUP=group,
-        ROWS=max(16, triton.next_power_of_2(group)),
+        HEADS=heads,
+        ROWS=max(16, triton.next_power_of_2(heads * group)),
+        TILE=plan.tile,
         RUN=min(block_size, plan.tile),
         PRECISION=precision_of(q.dtype),
-        num_warps=plan.num_warps,
+        num_warps=heads * plan.num_warps,
         num_stages=plan.num_stages,
         **shape,
-        **launch,
+        **(dependent if pdl else {}),
     )
     if plan.shares > 1:
         merge_kernel[(num_heads, plan.shares - 1)](
-            context_lens,
-            plan.share,
-            plan.tile_seq,
-            plan.tile_left,
+            plan.cut,
             out,
             plan.partial_out,
             plan.partial_lse,
-            plan.most,
             H=num_heads,
-            PIECES=16,
+            PIECES=8,
+            # Whoever comes next may fill its caches while we work, if that leaves us enough.
+            EAGER=not wide,
             num_warps=1,
             **shape,
-            **launch,
+            **dependent,
         )
     return out

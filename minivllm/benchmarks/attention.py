@@ -4,8 +4,10 @@ prefill   causal attention of whole prompts, 16,384 tokens in all: TFLOP/s, memo
 decode    one token for each of many sequences, over pages: GB/s of keys and values
 check     every kernel against float64 on fresh random inputs (see ``attention_check.py``)
 
-Each prints its table last and writes JSON and a plot beside it. Small on a CPU, where the PyTorch
-forms are compared; the interpreter that runs Triton there is not worth timing.
+The first two begin with the third: on a GPU no kernel is timed that was not right a minute before.
+Each prints its table last and writes JSON, the checks in it, and a plot beside it. Small on a CPU,
+where the PyTorch forms are compared, unchecked; the interpreter that runs Triton there is not worth
+timing.
 """
 
 from __future__ import annotations
@@ -34,6 +36,11 @@ DECODE_POINTS = {
     ],
     "cpu": [(128, 1), (128, 8), (512, 8)],
 }
+DECODE_HEADS = {"cuda": ((16, 8), (32, 8)), "cpu": ((16, 8),)}
+# A graph of a model's step holds its 28 or more layers one after the other: with one or two, the
+# start of the graph would count for more than it does there. And what they read must not fit into
+# the L2 cache.
+MIN_LAYERS = {"cuda": 8, "cpu": 1}
 COLD_BYTES = {"cuda": 400_000_000, "cpu": 0}
 
 
@@ -73,7 +80,8 @@ def bench_prefill(
         lambda r: f"{r['tflop_per_s']:.3g} ({_ms(r['seconds'])})",
         extra=("host us", {form: f"{seconds * 1e6:.0f}" for form, seconds in hosts.items()}),
     )
-    return f"TFLOP/s (ms), {PREFILL_TOKENS[device.type]} tokens in all, by length\n{table}", records
+    title = f"{shape.num_heads}/{shape.num_kv_heads} heads, {PREFILL_TOKENS[device.type]} tokens"
+    return f"TFLOP/s (ms), {title} in all, by length\n{table}", records
 
 
 def measure_memory(
@@ -108,8 +116,16 @@ def bench_decode(
         points["31 x 300, 16384"] = [300] * 31 + [16384]
     records: list[dict[str, Any]] = []
     for point, lengths in points.items():
-        print(f"measuring decode, {point}", flush=True)
-        case = DecodeCase.make(shape, lengths, dtype, device, cold_bytes=COLD_BYTES[device.type])
+        heads = f"{shape.num_heads}/{shape.num_kv_heads} heads"
+        print(f"measuring decode, {heads}, {point}", flush=True)
+        case = DecodeCase.make(
+            shape,
+            lengths,
+            dtype,
+            device,
+            cold_bytes=COLD_BYTES[device.type],
+            min_layers=MIN_LAYERS[device.type],
+        )
         times = {}
         calls = case.torch_calls()
         replays: dict[str, harness.Call] = {}
@@ -127,6 +143,8 @@ def bench_decode(
             records.append(
                 {
                     "form": name,
+                    "num_heads": shape.num_heads,
+                    "num_kv_heads": shape.num_kv_heads,
                     "point": point,
                     "sequences": len(lengths),
                     "context": lengths[0] if len(set(lengths)) == 1 else None,
@@ -140,7 +158,7 @@ def bench_decode(
     table = _pivot(
         records, "point", lambda r: f"{r['gb_per_s']:.4g} ({r['seconds'] * 1e6:.0f})", down=True
     )
-    return f"GB/s of K and V (microseconds), context x batch\n{table}", records
+    return f"GB/s of K and V (microseconds), {heads}, context x batch\n{table}", records
 
 
 def _that_run(calls: dict[str, harness.Call]) -> dict[str, harness.Call]:
@@ -192,17 +210,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="minivllm bench", description=__doc__)
     parser.add_argument("what", choices=["prefill", "decode", "check"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--heads", type=int, default=16, help="query heads (default 16)")
+    parser.add_argument(
+        "--heads", type=int, help="query heads (default 16; decode on a GPU: 16, then 32)"
+    )
     parser.add_argument("--kv-heads", type=int, default=8, help="KV heads (default 8)")
     parser.add_argument("--head-size", type=int, default=128, help="default 128")
     parser.add_argument("--block-size", type=int, default=64, help="tokens a page (default 64)")
     parser.add_argument("--output", type=Path, help="folder for JSON and plot")
     parser.add_argument("--small", action="store_true", help="check: few small cases")
     options = parser.parse_args(argv)
+    kv_heads = options.kv_heads
+    device_type = torch.device(options.device).type
+    if options.heads is not None:
+        heads = [(options.heads, kv_heads)]
+    elif options.what == "decode" and kv_heads == 8 and device_type in DECODE_HEADS:
+        heads = list(DECODE_HEADS[device_type])
+    else:
+        heads = [(16, kv_heads)]
     return run_attention(
         options.what,
         device=options.device,
-        shape=Shape(options.heads, options.kv_heads, options.head_size, options.block_size),
+        shapes=[Shape(*pair, options.head_size, options.block_size) for pair in heads],
         output=options.output,
         small=options.small,
     )
@@ -212,37 +240,46 @@ def run_attention(
     what: str,
     *,
     device: str,
-    shape: Shape | None = None,
+    shapes: Sequence[Shape] = (Shape(),),
     output: Path | None = None,
     small: bool = False,
 ) -> int:
-    """Run one of the three, print its table last, write its files; returns the exit status."""
-    shape = shape or Shape()
+    """Run one of the three, print its table last, write its files; returns the exit status.
+
+    shapes: of the layers that are timed one after the other; prefill takes the first only.
+    """
     place = torch.device(device)
     if place.type not in ("cuda", "cpu"):
         raise ValueError(f"device={device!r} is not known here; use cuda or cpu")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but no CUDA device is here; use cpu")
-    if what == "check":
+    checks_text, checks, good = "unchecked", None, True
+    if what == "check" or place.type == "cuda":
         from minivllm.benchmarks.attention_check import check_attention
 
-        text, records = check_attention(place, small=small)
-        _save(what, output, {"records": records})
-        print(text)
-        return 0 if all(record["good"] for record in records) else 1
+        checks_text, checks = check_attention(place, small=small)
+        good = all(record["good"] for record in checks)
+        checks_text = f"every kernel against float64, {checks_text}"
+    if what == "check" or not good:
+        _save("check", output, {"records": checks})
+        print(checks_text)
+        return 0 if good else 1
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     limits = harness.ceilings(place)
-    bench = bench_prefill if what == "prefill" else bench_decode
-    text, records = bench(shape, dtype, place, limits)
-    result: dict[str, Any] = {"shape": vars(shape), "ceilings": limits, "records": records}
+    result: dict[str, Any] = {"shape": vars(shapes[0]), "ceilings": limits}
     if what == "prefill":
-        memory_text, result["memory"] = measure_memory(shape, dtype, place)
+        text, result["records"] = bench_prefill(shapes[0], dtype, place, limits)
+        memory_text, result["memory"] = measure_memory(shapes[0], dtype, place)
         text = f"{memory_text}\n\n{text}" if memory_text else text
-    _save(what, output, result)
+    else:
+        texts, records = zip(
+            *(bench_decode(shape, dtype, place, limits) for shape in shapes), strict=True
+        )
+        text, result["records"] = "\n\n".join(texts), [r for some in records for r in some]
+    _save(what, output, result | {"checks": checks})
     print(
-        f"\n{shape.num_heads} query heads, {shape.num_kv_heads} KV heads, head size "
-        f"{shape.head_size}, pages of {shape.block_size}, {dtype}; this machine copies "
-        f"{limits['copy_bytes_per_s'] / 1e9:.4g} GB/s and multiplies "
+        f"\n{checks_text}\n\nhead size {shapes[0].head_size}, pages of {shapes[0].block_size}, "
+        f"{dtype}; this machine copies {limits['copy_bytes_per_s'] / 1e9:.4g} GB/s and multiplies "
         f"{limits['matmul_flop_per_s'] / 1e12:.3g} TFLOP/s\n\n{text}"
     )
     return 0

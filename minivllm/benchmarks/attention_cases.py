@@ -185,13 +185,22 @@ class DecodeCase:
         device: torch.device,
         *,
         cold_bytes: int,
+        min_layers: int = 1,
         max_layers: int = 64,
     ) -> DecodeCase:
-        """Random inputs, with layers enough for ``cold_bytes`` of keys and values in all."""
+        """Random inputs, with layers enough for ``cold_bytes`` of keys and values in all.
+
+        At least ``min_layers``, unless they would take more than half of the GPU's free memory.
+        """
         tables, num_blocks = shuffled_tables(context_lens, shape.block_size, device)
         cache = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_size)
         layer_bytes = 2 * num_blocks * shape.block_size * shape.num_kv_heads * shape.head_size
-        layers = max(1, min(max_layers, -(-cold_bytes // (layer_bytes * dtype.itemsize))))
+        layer_bytes *= dtype.itemsize
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            fitting = torch.cuda.mem_get_info(device)[0] // 2 // layer_bytes
+            min_layers = max(1, min(min_layers, fitting))
+        layers = max(min_layers, min(max_layers, -(-cold_bytes // layer_bytes)))
         caches = [
             [torch.empty(cache, dtype=dtype, device=device).normal_() for _ in range(layers)]
             for _ in range(2)
@@ -254,7 +263,7 @@ class DecodeCase:
 
         def split(k: torch.Tensor, v: torch.Tensor) -> Call:
             return lambda: paged_kernels.paged_decode(
-                self.q, k, v, self.tables, self.lengths, scale=scale, plan=plan
+                self.q, k, v, self.tables, self.lengths, scale=scale, plan=plan, pdl=True
             )
 
         def sdpa(k: torch.Tensor, v: torch.Tensor) -> Call:

@@ -37,8 +37,14 @@ def plot_prefill(result: dict[str, Any], file: Path) -> None:
 
 
 def plot_decode(result: dict[str, Any], file: Path) -> None:
-    """Rate by batch size, a panel for each context, with the ceiling."""
-    records = [record for record in result["records"] if record["context"] is not None]
+    """Rate by batch size, a panel for each context, with the ceiling; of the first shape only."""
+    shape = result["shape"]
+    records = [
+        record
+        for record in result["records"]
+        if record["context"] is not None
+        and all(record[key] == shape[key] for key in ("num_heads", "num_kv_heads"))
+    ]
     contexts = sorted({record["context"] for record in records})
     figure, axes = plt.subplots(
         1, len(contexts), figsize=(4 * len(contexts), 4), sharey=True, squeeze=False
