@@ -41,6 +41,7 @@ STOREYS = {
     "minivllm.engine.step_kernels": 8,
     "minivllm.engine.fused_kernels": 8,
     "minivllm.engine.sampler_kernels": 8,
+    "minivllm.engine.skinny*": 8,
     "minivllm.engine.*": 7,
     "minivllm.distributed": 9,
     "minivllm.distributed.*": 9,

@@ -25,7 +25,8 @@ from minivllm.attention.paged_torch import bind_torch_attention
 from minivllm.attention.paged_triton import TritonAttention
 from minivllm.benchmarks import harness
 from minivllm.benchmarks.report import write_report
-from minivllm.engine.skinny_forward import SkinnyForward, SkinnyTuning
+from minivllm.engine.skinny_forward import SkinnyForward
+from minivllm.engine.skinny_tuning import SkinnyTuning
 from minivllm.layers.rotary_embedding import RopeScaling
 from minivllm.models.config import ModelConfig
 from minivllm.models.qwen3 import Qwen3ForCausalLM
@@ -205,6 +206,7 @@ def chain_times(replay: Callable[[], Any], layers: int, repeats: int = 3) -> lis
         seen[kernel.name] += 1
         if place % per_step == 0:  # from one step to the next
             seen.clear()
+            seen[kernel.name] = 1
         else:
             added[kernel.name + which].append(kernel.time_range.end - before.time_range.end)
     return [
@@ -218,8 +220,8 @@ def chain_times(replay: Callable[[], Any], layers: int, repeats: int = 3) -> lis
     ]
 
 
-def parse_tuning(text: str) -> SkinnyTuning:
-    """``name=value,name=value`` -> the tuning with these fields changed."""
+def parse_tuning(text: str, rows: int) -> SkinnyTuning:
+    """``name=value,name=value`` -> the tuning for ``rows`` rows with these fields changed."""
     kinds = {field.name: type(field.default) for field in fields(SkinnyTuning)}
     changes: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
@@ -228,7 +230,7 @@ def parse_tuning(text: str) -> SkinnyTuning:
             raise ValueError(f"--try {text!r}: {name!r} is not one of {list(kinds)}")
         kind = kinds[name]
         changes[name] = value == "True" if kind is bool else kind(value)
-    return replace(SkinnyTuning(), **changes)
+    return replace(SkinnyTuning.for_rows(rows), **changes)
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -261,7 +263,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         wide = None
         for variant in ["", *arguments.variants]:
             try:
-                forward = SkinnyForward(model, step.cache, rows, tuning=parse_tuning(variant))
+                forward = SkinnyForward(model, step.cache, rows, tuning=parse_tuning(variant, rows))
                 record: dict[str, Any] = {"rows": rows, "variant": variant}
                 if not arguments.no_check:
                     if wide is None:

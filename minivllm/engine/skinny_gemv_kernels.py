@@ -1,8 +1,9 @@
 """The product of a weight matrix and one vector, with what stands in front of it and behind it.
 
 The weights [N, K], and who owns what. A program takes BLOCK_N rows over the whole K, or over one of
-K_PARTS parts of it where N alone gives too few programs. Where there are more tiles than programs,
-a program goes on to tile + number of programs, and loads that while it multiplies this one.
+K_PARTS parts of it where N alone gives too few programs. Large matrices have many more tiles than
+the chip has room for; walking over them in fewer, longer programs was slower (0.80 of the bandwidth
+against 0.91 for the sizes of an 8B model), for a program's own steps wait for each other.
 
                K ->    part 0        part 1
     N     tile 0   [ (0, 0) ]    [ (0, 1) ]        program (tile, part)
@@ -21,10 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from minivllm.engine.skinny_attention_kernels import (
-    launch_options,
-    merged_splits,
-)
+from minivllm.engine.skinny_split_kernels import launch_options, merged_splits
 
 
 @triton.jit
@@ -111,10 +109,8 @@ def gemv_kernel(
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
-    IN_FLIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOOP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """out [K_PARTS, OUT] = weight [N, K] @ x [K] for one row; see the module for the tiles.
@@ -160,22 +156,12 @@ def gemv_kernel(
             HEADS,
             SPLITS,
             MIN_SPLIT,
-            IN_FLIGHT,
         )
         x = tl.where(mask, tl.reshape(x, (BLOCK_K,)), 0.0)
     else:
         x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
 
-    out_ptr += part * OUT
-    if LOOP:
-        TILE_OUT: tl.constexpr = BLOCK_N // 2 if SILU else BLOCK_N
-        for this in tl.range(tile, tl.cdiv(OUT, TILE_OUT), tl.num_programs(0)):
-            next_tile = this + tl.num_programs(0)
-            next_w = load_rows(weight_ptr, next_tile, cols, mask, K, BLOCK_N, OUT, SILU)
-            store_rows(out_ptr, w, x, scale, this, BLOCK_N, OUT, SILU)
-            w = next_w
-    else:
-        store_rows(out_ptr, w, x, scale, tile, BLOCK_N, OUT, SILU)
+    store_rows(out_ptr + part * OUT, w, x, scale, tile, BLOCK_N, OUT, SILU)
 
 
 @dataclass(frozen=True)
@@ -206,10 +192,8 @@ def gemv(
     lse: torch.Tensor | None = None,
     context: torch.Tensor | None = None,
     min_split: int = 64,
-    in_flight: int = 4,
     silu: bool = False,
     weights: int = 16384,
-    programs: int = 396,
     num_warps: int = 4,
     dependent: bool = False,
 ) -> None:
@@ -223,7 +207,6 @@ def gemv(
         out: [parts, 1, N], N / 2 with ``silu``; K a multiple of parts.
         silu: weight holds gate rows and then up rows; out = silu(gate) * up.
         weights: of a tile, N times K.
-        programs: at most; further tiles are walked.
     """
     parts, _, width = out.shape
     size = weight.shape[1]
@@ -235,7 +218,7 @@ def gemv(
     splits = x if isinstance(x, torch.Tensor) and lse is not None else None
     source = "norm" if stream else "plain" if splits is None else "merge"
     data = x if stream is None else stream.total if stream.parts is None else stream.parts
-    gemv_kernel[(min(tiles, programs), parts)](
+    gemv_kernel[(tiles, parts)](
         weight,
         data,
         out,
@@ -256,10 +239,8 @@ def gemv(
         D=splits.shape[3] if splits is not None else 1,
         SPLITS=splits.shape[0] if splits is not None else 1,
         MIN_SPLIT=min_split,
-        IN_FLIGHT=in_flight,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        LOOP=tiles > programs,
         DEPENDENT=dependent,
         num_warps=num_warps,
         **launch_options(dependent),

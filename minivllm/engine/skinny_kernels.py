@@ -33,12 +33,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minivllm.attention.flash_kernels import precision_of
-from minivllm.engine.skinny_attention_kernels import launch_options
 from minivllm.engine.skinny_gemv_kernels import (
     Stream,
     residual_sum,
     weight_rows,
 )
+from minivllm.engine.skinny_split_kernels import launch_options
 
 
 @triton.jit
@@ -81,6 +81,20 @@ def load_x_slices(
 
 
 @triton.jit
+def tile_product(w, x, WEIGHTS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """x [SLICES, ROWS, BLOCK_K] times w [SLICES, BLOCK_N, BLOCK_K], summed: [ROWS, BLOCK_N].
+
+    Each warp multiplies a slice. The tensor cores take 16 rows of the first factor at least, but 8
+    of the second; and the compiler puts the first into shared memory, the second into registers.
+    """
+    if WEIGHTS_FIRST:
+        sums = tl.trans(tl.sum(tl.dot(w, tl.permute(x, (0, 2, 1)), input_precision=PRECISION), 0))
+    else:
+        sums = tl.sum(tl.dot(x, tl.permute(w, (0, 2, 1)), input_precision=PRECISION), 0)
+    return sums
+
+
+@triton.jit
 def skinny_kernel(
     weight_ptr,
     x_ptr,
@@ -94,6 +108,7 @@ def skinny_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SLICES: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -108,34 +123,28 @@ def skinny_kernel(
     STEP: tl.constexpr = SLICES * BLOCK_K
     if DEPENDENT:
         gdc_launch_dependents()
-    # The compiler brings the weights into the tensor cores' order at once, which waits for them.
+    # The compiler brings the weights into the tensor cores' order at once, which waits for them; so
+    # the kernel behind is let in first.
     w = load_slices(weight_ptr, tile, start, end, K, SLICES, BLOCK_N, BLOCK_K, OUT, SILU)
     if DEPENDENT:
         gdc_wait()
 
-    if K_PART <= STEP:
-        x = load_x_slices(x_ptr, rows, start, end, K, SLICES, ROWS, BLOCK_K)
-        acc = tl.dot(w, tl.permute(x, (0, 2, 1)), input_precision=PRECISION)
-    else:
-        acc = tl.zeros([SLICES, BLOCK_N, ROWS], tl.float32)
-        for step in tl.range(start, end, STEP, num_stages=2):
-            next_w = load_slices(
-                weight_ptr, tile, step + STEP, end, K, SLICES, BLOCK_N, BLOCK_K, OUT, SILU
-            )
+    x = load_x_slices(x_ptr, rows, start, end, K, SLICES, ROWS, BLOCK_K)
+    sums = tile_product(w, x, WEIGHTS_FIRST, PRECISION)
+    if K_PART > STEP:
+        for step in tl.range(start + STEP, end, STEP, num_stages=1):
+            w = load_slices(weight_ptr, tile, step, end, K, SLICES, BLOCK_N, BLOCK_K, OUT, SILU)
             x = load_x_slices(x_ptr, rows, step, end, K, SLICES, ROWS, BLOCK_K)
-            acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision=PRECISION)
-            w = next_w
+            sums += tile_product(w, x, WEIGHTS_FIRST, PRECISION)
 
-    lanes = tl.arange(0, ROWS)
-    sums = tl.sum(acc, axis=0)
     TILE_OUT: tl.constexpr = BLOCK_N // 2 if SILU else BLOCK_N
     if SILU:
-        pairs = tl.reshape(sums, (BLOCK_N // 2, 2, ROWS))
-        gate, up = tl.split(tl.permute(pairs, (0, 2, 1)))
+        gate, up = tl.split(tl.reshape(sums, (ROWS, BLOCK_N // 2, 2)))
         sums = gate / (1.0 + tl.exp(-gate)) * up
     out = tile * TILE_OUT + tl.arange(0, TILE_OUT)
-    out_at = (part * rows + lanes)[None, :] * OUT + out[:, None]
-    out_mask = (lanes < rows)[None, :] & (out < OUT)[:, None]
+    lanes = tl.arange(0, ROWS)
+    out_at = (part * rows + lanes)[:, None] * OUT + out[None, :]
+    out_mask = (lanes < rows)[:, None] & (out < OUT)[None, :]
     tl.store(out_ptr + out_at, sums.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
@@ -182,6 +191,7 @@ def skinny_product(
     block_n: int = 16,
     block_k: int = 128,
     slices: int = 8,
+    weights_first: int = 16,
     dependent: bool = False,
 ) -> None:
     """out = x @ weight.T for up to 64 rows; its parts, where out has several.
@@ -193,6 +203,7 @@ def skinny_product(
         silu: weight holds gate rows and then up rows; out = silu(gate) * up.
         block_n, block_k, slices: a tile, see the module; a program has ``slices`` warps. Smaller
             parts of K get a smaller block_k.
+        weights_first: up to this many rows, the weights are the first factor of the product.
     """
     parts, rows, width = out.shape
     size = weight.shape[1]
@@ -207,10 +218,11 @@ def skinny_product(
         K_PART=size // parts,
         OUT=width,
         SILU=silu,
-        ROWS=max(8, triton.next_power_of_2(rows)),
+        ROWS=max(8 if rows <= weights_first else 16, triton.next_power_of_2(rows)),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         SLICES=slices,
+        WEIGHTS_FIRST=rows <= weights_first,
         PRECISION=precision_of(weight.dtype),
         DEPENDENT=dependent,
         num_warps=slices,

@@ -23,7 +23,7 @@ Draw = StepInputs | SamplingTensors
 
 # Up to this many places a step is a matter of how fast weights can be read, and a chain of our own
 # kernels is faster than cuBLAS's products with ours in between (benchmarks/skinny.py).
-SKINNY_PLACES = 16
+SKINNY_PLACES = 32
 
 
 @dataclass(frozen=True)

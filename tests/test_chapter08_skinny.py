@@ -1,0 +1,480 @@
+"""Chapter 8: the kernels for a handful of rows, each against its twin in PyTorch.
+
+Without a GPU they run in Triton's interpreter, in float32 and float16, at sizes of a few tiles; the
+launches that overlap are for a GPU of compute capability 9 or later only.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+from minivllm.attention.naive import naive_attention
+from minivllm.attention.paged import PagedBatch, PagedKVCache
+from minivllm.attention.paged_torch import bind_torch_attention
+from minivllm.engine import (
+    skinny_attention_kernels,
+    skinny_gemv_kernels,
+    skinny_kernels,
+    skinny_split_kernels,
+)
+from minivllm.engine.skinny_forward import SkinnyForward
+from minivllm.engine.skinny_gemv_kernels import Stream
+from minivllm.engine.skinny_tuning import SkinnyTuning
+from minivllm.layers.layernorm import rms_norm
+from minivllm.layers.rotary_embedding import RopeScaling, RotaryEmbedding
+from minivllm.models.config import ModelConfig
+from minivllm.models.llama import LlamaForCausalLM
+from minivllm.models.qwen3 import Qwen3ForCausalLM
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN = float("nan")
+DTYPES = [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def poisoned(*shape, dtype=torch.float32):
+    return torch.full(shape, NAN, dtype=dtype, device=DEVICE)
+
+
+def assert_close(got, expected, dtype):
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    assert error.item() <= TOLERANCE[dtype], f"relative error {error.item():.2e}"
+
+
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def silu_and_mul(x):
+    gate, up = x.double().chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# ------------------------------------------------------------------ one row
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("silu", [False, True])
+def test_gemv(dtype, silu):
+    """36 rows do not fill the last tile."""
+    weight, x = normal(36, 48, dtype=dtype), normal(1, 48, dtype=dtype)
+    out = poisoned(1, 1, 18 if silu else 36)
+    skinny_gemv_kernels.gemv(weight, x, out, silu=silu, weights=512)
+    expected = x.double() @ weight.double().T
+    assert_close(out[0], silu_and_mul(expected) if silu else expected, dtype)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_gemv_leaves_parts_to_be_summed(parts):
+    weight, x = normal(16, 48), normal(1, 48)
+    out = poisoned(parts, 1, 16)
+    skinny_gemv_kernels.gemv(weight, x, out, weights=128)
+    assert_close(out.sum(dim=0), x @ weight.T, torch.float32)
+    assert not out[0].allclose(out.sum(dim=0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [0, 3])
+def test_gemv_normalises_the_residual_stream(dtype, parts):
+    weight, gain = normal(20, 48, dtype=dtype), normal(48, dtype=dtype)
+    if parts:
+        stream = Stream(
+            normal(1, 48), torch.zeros(1, dtype=torch.int64, device=DEVICE), normal(parts, 1, 48)
+        )
+        expected_total = stream.total + stream.parts.sum(dim=0)
+    else:
+        ids = torch.tensor([5], device=DEVICE)
+        stream = Stream(normal(7, 48, dtype=dtype), ids)
+        expected_total = stream.total[5:6].float()
+    out, total = poisoned(1, 1, 20), poisoned(1, 48)
+    options = {"gain": gain, "total": total, "eps": 1e-3, "weights": 512}
+    skinny_gemv_kernels.gemv(weight, stream, out, **options)
+    assert_close(total, expected_total, torch.float32)
+    normed = rms_norm(expected_total.double(), gain.double(), 1e-3)
+    assert_close(out[0], normed @ weight.double().T, dtype)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gemv_merges_the_splits_of_attention(parts):
+    """The third split is past the end of the sequence, and holds NaN."""
+    heads, head_size, splits = 4, 64, 3
+    values, lse = normal(splits, 1, heads, head_size), normal(splits, 1, heads)
+    values[2], lse[2] = NAN, NAN
+    weight, out = normal(8, heads * head_size), poisoned(parts, 1, 8)
+    options = {"lse": lse, "context": int32([30]), "min_split": 16, "weights": 1024}
+    skinny_gemv_kernels.gemv(weight, values, out, **options)
+    share = torch.softmax(lse[:2] * 0.6931471805599453, dim=0)
+    merged = (share[..., None] * values[:2]).sum(dim=0).flatten(1)
+    assert_close(out.sum(dim=0), merged @ weight.T, torch.float32)
+
+
+# ------------------------------------------------------------------ 2 to 64 rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("rows", "parts", "size"), [(2, 1, 64), (17, 1, 144), (3, 3, 96)])
+def test_skinny_product(dtype, silu, rows, parts, size):
+    """A tile takes 64 columns in one go; 144 is more than two of them. 17 rows are padded to 32."""
+    if silu and parts > 1:
+        pytest.skip("SiLU of a part is not a part of SiLU")
+    weight, x = normal(40, size, dtype=dtype), normal(rows, size, dtype=dtype)
+    out = poisoned(parts, rows, 20 if silu else 40)
+    tile = {"block_n": 32, "block_k": 32, "slices": 2}
+    skinny_kernels.skinny_product(weight, x, out, silu=silu, **tile)
+    expected = x.double() @ weight.double().T
+    assert_close(out.sum(dim=0), silu_and_mul(expected) if silu else expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [0, 2])
+def test_sum_and_norm(dtype, parts):
+    gain = normal(48, dtype=dtype)
+    ids = torch.tensor([2, 0, 6], device=DEVICE)
+    if parts:
+        stream = Stream(normal(3, 48), ids, normal(parts, 3, 48))
+        expected = stream.total + stream.parts.sum(dim=0)
+    else:
+        stream = Stream(normal(7, 48, dtype=dtype), ids)
+        expected = stream.total[ids].float()
+    total, out = poisoned(3, 48), poisoned(3, 48, dtype=dtype)
+    skinny_kernels.sum_and_norm(stream, gain, total, out, eps=1e-3)
+    assert_close(total, expected, torch.float32)
+    assert_close(out, rms_norm(expected.double(), gain.double(), 1e-3), dtype)
+
+
+# ------------------------------------------------------------------ attention
+
+
+class Sequences:
+    """Random keys and values in shuffled blocks, NaN wherever nobody's tokens lie."""
+
+    def __init__(self, lengths, *, kv_heads, head_size, block_size, dtype, layers=1):
+        self.lengths = lengths
+        self.block_size = block_size
+        used = [-(-length // block_size) for length in lengths]
+        free = torch.randperm(sum(used) + 2).tolist()
+        self.tables = torch.full((len(lengths), max(used) + 1), -1, dtype=torch.int32)
+        slots = []
+        for row, count in enumerate(used):
+            mine, free = free[:count], free[count:]
+            self.tables[row, :count] = torch.tensor(mine, dtype=torch.int32)
+            slots.append([block * block_size + i for block in mine for i in range(block_size)])
+        shape = (layers, sum(used) + 2, block_size, kv_heads, head_size)
+        self.k, self.v = (poisoned(*shape, dtype=dtype) for _ in range(2))
+        self.slots = [mine[:length] for mine, length in zip(slots, lengths, strict=True)]
+        for mine in self.slots:
+            for cache in (self.k, self.v):
+                old = mine[:-1]  # the newest token is not there yet
+                cache.flatten(1, 2)[:, old] = normal(layers, len(old), kv_heads, head_size).to(
+                    dtype
+                )
+        self.tables = self.tables.to(DEVICE)
+        self.context = int32(lengths)
+        self.positions = (self.context.long() - 1).clamp(min=0)
+        newest = [mine[-1] if mine else -1 for mine in self.slots]
+        self.slot_mapping = torch.tensor(newest, device=DEVICE)
+
+
+def expected_attention(qkv, gains, rotary, sequences, heads, eps):
+    """What the model and a plain loop give: [P, H, D], and k and v of the new tokens [P, G, D]."""
+    kv_heads, head_size = sequences.k.shape[-2:]
+    rows = qkv.view(len(qkv), -1, head_size).float()
+    q, k, v = rows.split([heads, kv_heads, kv_heads], dim=1)
+    if gains is not None:
+        q, k = (rms_norm(x, gain.float(), eps) for x, gain in zip((q, k), gains, strict=True))
+    q, k = rotary(sequences.positions, q, k)
+    out = torch.zeros_like(q)
+    for row, slots in enumerate(sequences.slots):
+        if slots:
+            keys, values = (
+                torch.cat([cache[0].flatten(0, 1)[slots[:-1]].float(), new[row : row + 1]])
+                for cache, new in ((sequences.k, k), (sequences.v, v))
+            )
+            out[row] = naive_attention(q[row : row + 1], keys, values, head_size**-0.5)[0]
+    return out, k, v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_attention(dtype, splits, block_size):
+    """Lengths: none, one token, a part of a tile, a tile and one more, several tiles."""
+    lengths, heads, kv_heads, head_size = [0, 1, 9, 18, 70], 2, 1, 64
+    sizes = {"kv_heads": kv_heads, "head_size": head_size}
+    sequences = Sequences(lengths, block_size=block_size, dtype=dtype, **sizes)
+    rows, eps = len(lengths), 1e-4
+    qkv = normal(1, rows, (heads + 2 * kv_heads) * head_size)
+    gains = [1 + 0.1 * normal(head_size) for _ in range(2)]
+    gains = [gain.to(dtype) for gain in gains]
+    rotary = RotaryEmbedding(head_size, 128, 1e4, device=DEVICE)
+    expected, k, v = expected_attention(qkv[0], gains, rotary, sequences, heads, eps)
+    before = sequences.k.clone()
+    out, lse = poisoned(splits, rows, heads, head_size), poisoned(splits, rows, heads)
+    skinny_attention_kernels.skinny_attention(
+        qkv,
+        *gains,
+        rotary.table,
+        sequences.positions,
+        sequences.slot_mapping,
+        sequences.tables,
+        sequences.context,
+        sequences.k[0],
+        sequences.v[0],
+        out,
+        lse,
+        eps=eps,
+        tile=16,
+        min_split=16,
+        stages=2,
+    )
+    attended = out[0]
+    if splits > 1:
+        attended = poisoned(rows, heads, head_size)
+        options = {"min_split": 16}
+        skinny_split_kernels.merge_splits(out, lse, sequences.context, attended, **options)
+    assert attended.isfinite().all()
+    assert_close(attended[1:], expected[1:], dtype)
+    written = sequences.slot_mapping[1:]
+    assert_close(sequences.k[0].flatten(0, 1)[written], k[1:], dtype)
+    assert_close(sequences.v[0].flatten(0, 1)[written], v[1:], dtype)
+    others = torch.ones(before[0].flatten(0, 1).shape[0], dtype=torch.bool)
+    others[written.cpu()] = False
+    same = sequences.k[0].flatten(0, 1)[others.to(DEVICE)]
+    assert torch.equal(same.nan_to_num(7.0), before[0].flatten(0, 1)[others].nan_to_num(7.0))
+
+
+# ------------------------------------------------------------------ the whole step
+
+
+TINY = ModelConfig(
+    architecture="Qwen3ForCausalLM",
+    vocab_size=24,
+    hidden_size=48,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=64,
+    max_positions=128,
+    rms_norm_eps=1e-5,
+    rope_base=1e4,
+    rope_scaling=RopeScaling(),
+    tie_embeddings=True,
+    attention_bias=False,
+    mlp_bias=False,
+    dtype=torch.float32,
+    eos_token_ids=(),
+)
+SMALL_TILES = SkinnyTuning(
+    gemv_weights=2048,
+    block_n=32,
+    block_k=32,
+    slices=2,
+    o_parts=2,
+    down_parts=1,
+    attention_tile=16,
+    attention_split=16,
+)
+
+
+def make_model(model_class, config, dtype):
+    model = model_class(config, dtype=dtype, device=DEVICE).requires_grad_(False)
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.normal_(1.0, 0.1)
+        else:
+            weight.normal_(0.0, weight.shape[1] ** -0.5)
+    return model
+
+
+class Step:
+    """One decode step of sequences of ``lengths``, by the model and by the kernels."""
+
+    def __init__(self, config, lengths, dtype, block_size=16):
+        sizes = {"kv_heads": config.num_kv_heads, "head_size": config.head_size}
+        made = Sequences(
+            lengths, block_size=block_size, dtype=dtype, layers=config.num_layers, **sizes
+        )
+        self.made = made
+        self.cache = PagedKVCache(config, made.k.shape[1], block_size, dtype=dtype, device=DEVICE)
+        self.cache.k, self.cache.v = made.k, made.v
+        self.ids = torch.randint(config.vocab_size, (len(lengths),), device=DEVICE)
+
+    def by_kernels(self, forward):
+        made = self.made
+        return forward(self.ids, made.positions, made.slot_mapping, made.tables, made.context)
+
+    def by_model(self, model, dtype):
+        """Logits of the real rows, computed in ``dtype`` on a copy of the cache."""
+        made, real = self.made, [i for i, length in enumerate(self.made.lengths) if length]
+        cache = replace_cache(self.cache, dtype)
+        batch = PagedBatch(
+            self.ids[real],
+            made.positions[real],
+            made.slot_mapping[real],
+            torch.arange(len(real) + 1, dtype=torch.int32, device=DEVICE),
+            made.context[real],
+            made.tables[real],
+            (1,) * len(real),
+            tuple(made.lengths[i] for i in real),
+        )
+        attend = bind_torch_attention(cache, batch, model.config.head_size**-0.5)
+        with torch.inference_mode():
+            return model.compute_logits(model(batch.input_ids, batch.positions, attend)), cache
+
+
+def replace_cache(cache, dtype):
+    copy = object.__new__(PagedKVCache)
+    copy.num_blocks, copy.block_size = cache.num_blocks, cache.block_size
+    # PyTorch's path multiplies masked values by 0, which NaN would survive.
+    copy.k, copy.v = (x.nan_to_num(0.0).to(dtype) for x in (cache.k, cache.v))
+    return copy
+
+
+@pytest.mark.parametrize("model_class", [Qwen3ForCausalLM, LlamaForCausalLM])
+@pytest.mark.parametrize("lengths", [[37], [20, 0, 1]])
+def test_a_step_gives_the_models_logits(model_class, lengths):
+    """Two calls, for buffers are used again; the row of length 0 is padding."""
+    model = make_model(model_class, TINY, torch.float32)
+    step = Step(TINY, lengths, torch.float32)
+    forward = SkinnyForward(model, step.cache, len(lengths), tuning=SMALL_TILES)
+    real = [i for i, length in enumerate(lengths) if length]
+    expected, cache = step.by_model(model, torch.float32)
+    logits = step.by_kernels(forward)
+    assert_close(logits[real], expected, torch.float32)
+    assert logits.data_ptr() == step.by_kernels(forward).data_ptr()
+    assert_close(logits[real], expected, torch.float32)
+    slots = step.made.slot_mapping[real]
+    for mine, theirs in ((step.cache.k, cache.k), (step.cache.v, cache.v)):
+        assert_close(mine.flatten(1, 2)[:, slots], theirs.flatten(1, 2)[:, slots], torch.float32)
+
+
+@pytest.mark.parametrize("lengths", [[18], [18, 3]])
+def test_reduce_sees_what_o_and_down_give(lengths):
+    """Two ranks that hold the same weights would double both; halving the weights undoes it."""
+    config = replace(TINY, num_layers=1)
+    model = make_model(Qwen3ForCausalLM, config, torch.float32)
+    step = Step(config, lengths, torch.float32)
+    expected, _ = step.by_model(model, torch.float32)
+    layer = model.model.layers[0]
+    layer.self_attn.o_proj.weight.mul_(0.5)
+    layer.mlp.down_proj.weight.mul_(0.5)
+    shapes = []
+
+    def double(x):
+        shapes.append((tuple(x.shape), x.dtype))
+        return x * 2
+
+    rows = len(lengths)
+    forward = SkinnyForward(model, step.cache, rows, reduce=double, tuning=SMALL_TILES)
+    assert_close(step.by_kernels(forward), expected, torch.float32)
+    assert shapes == [((rows, TINY.hidden_size), torch.float32)] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "word"),
+    [
+        ({}, 0, "rows=0"),
+        ({}, 65, "rows=65"),
+        ({"head_size": 80}, 1, "head_size=80"),
+        ({"attention_bias": True}, 1, "attention_bias"),
+        ({"mlp_bias": True}, 1, "mlp_bias"),
+        ({"hidden_size": 40}, 1, "hidden_size=40"),
+        ({"intermediate_size": 100}, 1, "intermediate_size=100"),
+    ],
+)
+def test_what_does_not_fit_is_said(change, rows, word):
+    config = replace(TINY, **change)
+    assert not SkinnyForward.fits(config, rows, DEVICE)
+    assert word in SkinnyForward.why_not(config, rows, DEVICE)
+    assert SkinnyForward.fits(TINY, 64, DEVICE)
+
+
+def test_wrong_inputs_are_named():
+    model = make_model(Qwen3ForCausalLM, TINY, torch.float32)
+    cache = PagedKVCache(TINY, 2, 16, dtype=torch.float32, device=DEVICE)
+    with pytest.raises(ValueError, match="rows=99"):
+        SkinnyForward(model, cache, 99)
+    half = PagedKVCache(TINY, 2, 16, dtype=torch.float16, device=DEVICE)
+    with pytest.raises(ValueError, match=r"cache is torch\.float16"):
+        SkinnyForward(model, half, 1)
+    odd = PagedKVCache(TINY, 2, 24, dtype=torch.float32, device=DEVICE)
+    with pytest.raises(ValueError, match="block_size=24"):
+        SkinnyForward(model, odd, 1)
+    forward = SkinnyForward(model, cache, 1, tuning=SMALL_TILES)
+    ids = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    tables, context = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE), int32([1])
+    with pytest.raises(ValueError, match=r"context is torch.int64"):
+        forward(ids, ids, ids, tables, ids)
+    with pytest.raises(ValueError, match=r"input_ids is torch.int64 \(2,\)"):
+        forward(torch.cat([ids, ids]), ids, ids, tables, context)
+    with pytest.raises(ValueError, match="block_tables has shape"):
+        forward(ids, ids, ids, tables[0, :1], context)
+
+
+# ------------------------------------------------------------------ at real sizes
+
+
+LAYERS = replace(
+    TINY,
+    vocab_size=4096,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_layers=3,
+    num_heads=16,
+    num_kv_heads=8,
+    head_size=128,
+    max_positions=4096,
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dependent", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 8, 17, 32, 64])
+def test_a_step_at_real_sizes_in_a_graph(rows, dependent):
+    """bfloat16, ragged contexts, replayed many times: a race would change the result."""
+    lengths = [1 + 97 * i % 700 for i in range(rows)]
+    lengths[0] = 1500
+    model = make_model(Qwen3ForCausalLM, LAYERS, torch.bfloat16)
+    wide = make_model(Qwen3ForCausalLM, LAYERS, torch.float32)
+    wide.load_state_dict(model.state_dict())
+    step = Step(LAYERS, lengths, torch.bfloat16, block_size=64)
+    exact, _ = step.by_model(wide, torch.float32)
+    plain, _ = step.by_model(model, torch.bfloat16)
+    forward = SkinnyForward(
+        model, step.cache, rows, tuning=replace(SkinnyTuning.for_rows(rows), dependent=dependent)
+    )
+    step.by_kernels(forward)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step.by_kernels(forward)
+    seen = []
+    for _ in range(20):
+        logits.fill_(NAN)
+        graph.replay()
+        seen.append(logits.clone())
+    assert all(torch.equal(seen[0], other) for other in seen)
+
+    def error(x):
+        return ((x.float() - exact).norm() / exact.norm()).item()
+
+    assert error(seen[0]) <= 1.5 * error(plain)
+    # New tokens at the same addresses: nothing of the first ones was kept.
+    step.ids.copy_((step.ids + 1) % LAYERS.vocab_size)
+    exact, _ = step.by_model(wide, torch.float32)
+    graph.replay()
+    assert error(logits) <= 1.5 * error(plain) + 0.01
