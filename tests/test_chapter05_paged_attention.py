@@ -23,6 +23,7 @@ from minivllm.attention.paged import (
 from minivllm.attention.paged_torch import (
     DecodeGroup,
     PrefillGroup,
+    TorchAttention,
     TorchPagedAttention,
     bind_torch_attention,
 )
@@ -310,9 +311,25 @@ def test_what_is_shared_is_read_once():
     lens, shared = SHARED["two prefixes"]
     case = make_case(lens, shared=shared)
     (group,) = make_groups(case)
-    assert sorted(len(each.blocks) for each in group.shared) == [3, 6]
+    assert sorted(each.count for each in group.shared) == [3, 6]
+    assert len(group.shared_blocks) == len(set(group.shared_blocks.tolist())) == 9
     # Of its own, each row has at most two blocks left.
     assert group.hidden.shape[-1] == 2 * 16
+
+
+def test_what_one_step_prepared_serves_the_next():
+    """While no row begins a block, only lengths change; a new block or table starts afresh."""
+    backend = TorchAttention()
+    lens, shared = SHARED["two prefixes"]
+    made = []
+    for grown in range(20):
+        case = make_case([(1, context + grown) for _, context in lens], shared=shared)
+        attend = backend(case.cache, case.batch, case.scale)
+        made.append(attend.groups[0])
+        out = attend(0, case.q, case.k, case.v)
+        alone = bind_torch_attention(case.cache, case.batch, case.scale)
+        torch.testing.assert_close(out, alone(0, case.q, case.k, case.v), rtol=0, atol=1e-6)
+    assert 1 < len({id(group) for group in made}) < len(made)
 
 
 def test_a_short_prefix_of_two_rows_is_not_worth_it():

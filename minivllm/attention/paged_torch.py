@@ -9,7 +9,7 @@ every layer then runs a few large operations a group:
     prefill  prompts of like length together, K and V gathered, then PyTorch's fused attention
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import NamedTuple, Protocol
 
@@ -64,11 +64,21 @@ class Group(Protocol):
 class TorchPagedAttention:
     """``attend`` for one step; whatever does not depend on the layer is prepared here, once."""
 
-    def __init__(self, cache: PagedKVCache, batch: PagedBatch, scale: float) -> None:
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        batch: PagedBatch,
+        scale: float,
+        groups: list[Group] | None = None,
+    ) -> None:
         self.cache = cache
         self.batch = batch
         self.scale = scale
-        self.groups = _make_groups(batch, cache.block_size)
+        self.groups = _make_groups(batch, cache.block_size) if groups is None else groups
+        # One group of all queries as they stand: nothing has to be picked out and put back.
+        count = len(batch.input_ids)
+        whole = len(self.groups) == 1 and len(self.groups[0].tokens) == count
+        self.whole = whole and self.groups[0].tokens.tolist() == list(range(count))
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -76,6 +86,8 @@ class TorchPagedAttention:
         """q: [T, H, D]; k, v: [T, G, D]. Stores k and v, then attends. Returns [T, H, D]."""
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         store_kv(k, v, k_cache, v_cache, self.batch.slot_mapping)
+        if self.whole:
+            return self.groups[0].attend(q, k_cache, v_cache, self.scale)
         out = torch.empty_like(q)
         for group in self.groups:
             picked = q.index_select(0, group.tokens)
@@ -83,8 +95,35 @@ class TorchPagedAttention:
         return out
 
 
+class TorchAttention:
+    """The PyTorch path as a backend: called once a step, it gives the step's ``attend``.
+
+    While the same sequences decode and none of them begins a new block, only their lengths change
+    from step to step; then the groups of the step before are good for this one too.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[torch.Tensor, list[int]] | None = None
+        self._groups: list[DecodeGroup] = []
+
+    def __call__(self, cache: PagedKVCache, batch: PagedBatch, scale: float) -> Attend:
+        num_blocks = [-(-context // cache.block_size) for context in batch.context_lens]
+        if max(batch.query_lens) > 1:
+            self._last = None
+            return TorchPagedAttention(cache, batch, scale)
+        same = self._last is not None and self._last[1] == num_blocks
+        if same and torch.equal(self._last[0], batch.block_tables):
+            for group in self._groups:
+                group.set_contexts(batch.context_lens)
+        else:
+            self._groups = _make_groups(batch, cache.block_size)
+            # A copy: the tables may lie in memory that the next step fills anew.
+            self._last = batch.block_tables.clone(), num_blocks
+        return TorchPagedAttention(cache, batch, scale, self._groups)
+
+
 def bind_torch_attention(cache: PagedKVCache, batch: PagedBatch, scale: float) -> Attend:
-    """The PyTorch path as a backend: one ``attend`` for one step."""
+    """One ``attend`` for one step, which knows of no other step."""
     return TorchPagedAttention(cache, batch, scale)
 
 
@@ -127,15 +166,17 @@ class PrefillGroup:
 
 
 class SharedBlocks(NamedTuple):
-    """Rows ``start`` to ``end`` of a decode group have the same ``blocks`` int64 [m] in common.
+    """Rows ``start`` to ``end`` of a decode group have some blocks in common.
 
-    column: which block of their tables is the first of these.
+    column: which block of their tables is the first of these. place, count: where they lie among
+    all shared blocks of the group.
     """
 
     start: int
     end: int
     column: int
-    blocks: torch.Tensor
+    place: int
+    count: int
 
 
 class DecodeGroup:
@@ -156,11 +197,15 @@ class DecodeGroup:
         device = tables.device
         host_tables = tables.tolist()
         order, skipped, shared = _share(pieces, host_tables, block_size)
-        self.shared = [
-            SharedBlocks(start, end, column, tables[order[start].row, column : column + count])
-            for start, end, column, count in shared
-        ]
+        self.shared: list[SharedBlocks] = []
+        shared_blocks: list[int] = []
+        for start, end, column, count in shared:
+            self.shared.append(SharedBlocks(start, end, column, len(shared_blocks), count))
+            shared_blocks += host_tables[order[start].row][column : column + count]
+        self.shared_blocks = torch.tensor(shared_blocks, dtype=torch.int64, device=device)
         self.num_rows = len(order)
+        self.rows = [piece.row for piece in order]
+        self.skipped_tokens = [skip * block_size for skip in skipped]
         self.shared_len = block_size * max(skipped)
         own = [
             host_tables[piece.row][skip : -(-piece.context // block_size)]
@@ -169,8 +214,7 @@ class DecodeGroup:
         self.blocks, owner, entry = _entries(own)
         most = max(map(len, own))
         entry_of_place = [[*row, *([0] * (most - len(row)))] for row in entry]
-        left = [p.context - skip * block_size for p, skip in zip(order, skipped, strict=True)]
-        key = torch.arange(most * block_size, device=device)
+        self.key = torch.arange(most * block_size, device=device)
 
         def index(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, device=device)
@@ -186,10 +230,20 @@ class DecodeGroup:
         for row, entries in enumerate(entry):
             place.update({e: row * most + column for column, e in enumerate(entries)})
         self.place_of_entry = index(list(place.values()))
-        # [b, 1, 1, own keys]: what lies past a row's context.
-        self.hidden = (key >= index(left)[:, None])[:, None, None]
         if not isinstance(self.blocks, slice):
             self.blocks = index(self.blocks)
+        contexts = {piece.row: piece.context for piece in order}
+        self._hide(contexts.__getitem__)
+
+    def set_contexts(self, context_lens: Sequence[int]) -> None:
+        """The same blocks with other lengths, those of all rows of the batch."""
+        self._hide(context_lens.__getitem__)
+
+    def _hide(self, context_of: Callable[[int], int]) -> None:
+        pairs = zip(self.rows, self.skipped_tokens, strict=True)
+        left = torch.tensor([context_of(row) - skip for row, skip in pairs], device=self.key.device)
+        # [b, 1, 1, own keys]: what lies past a row's context.
+        self.hidden = (self.key >= left[:, None])[:, None, None]
 
     def attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float
@@ -203,8 +257,11 @@ class DecodeGroup:
         own = own.permute(0, 2, 3, 1, 4).flatten(3).masked_fill(self.hidden, float("-inf"))
         if self.shared:
             scores = own.new_full((*own.shape[:3], self.shared_len), float("-inf"))
+            # [G, D, shared tokens] and [G, shared tokens, D]: each block once for all who share it.
+            keys = k_cache.index_select(0, self.shared_blocks).flatten(0, 1).permute(1, 2, 0)
+            values = v_cache.index_select(0, self.shared_blocks).flatten(0, 1).transpose(0, 1)
             for shared in self.shared:
-                _score_shared(shared, queries, k_cache, scores)
+                _score_shared(shared, queries, keys, scores, block_size)
             own = torch.cat((scores, own), dim=-1)
         # In float32, as the kernels do: bfloat16 sums of many small weights lose their tail.
         weights = own.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
@@ -214,7 +271,7 @@ class DecodeGroup:
         out.index_add_(0, self.owner, _per_head(own, self._own(v_cache)))
         out = out[:-1]
         for shared in self.shared:
-            _add_shared(shared, weights, v_cache, out)
+            _add_shared(shared, weights, values, out, block_size)
         return out.view(-1, num_heads, head_size)
 
     def _own(self, cache: torch.Tensor) -> torch.Tensor:
@@ -225,25 +282,34 @@ class DecodeGroup:
 
 
 def _score_shared(
-    shared: SharedBlocks, queries: torch.Tensor, k_cache: torch.Tensor, scores: torch.Tensor
+    shared: SharedBlocks,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scores: torch.Tensor,
+    block_size: int,
 ) -> None:
-    """All rows against the keys that they share, read once; fills scores [b, G, R, keys]."""
-    keys = k_cache.index_select(0, shared.blocks).flatten(0, 1).permute(1, 2, 0)
+    """Some rows against the keys that they share; fills their part of scores [b, G, R, keys]."""
+    here = slice(shared.place * block_size, (shared.place + shared.count) * block_size)
     rows = queries[shared.start : shared.end].transpose(0, 1)
-    result = torch.bmm(rows.flatten(1, 2), keys).view(*rows.shape[:3], -1).transpose(0, 1)
-    first = shared.column * k_cache.shape[1]
-    scores[shared.start : shared.end, :, :, first : first + keys.shape[-1]] = result
+    result = torch.bmm(rows.flatten(1, 2), keys[..., here])
+    first = shared.column * block_size
+    into = scores[shared.start : shared.end, :, :, first : first + shared.count * block_size]
+    into.copy_(result.view(*rows.shape[:3], -1).transpose(0, 1))
 
 
 def _add_shared(
-    shared: SharedBlocks, weights: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor
+    shared: SharedBlocks,
+    weights: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    block_size: int,
 ) -> None:
     """The part that the shared values have in the result, added to out [b, G, R, D]."""
-    values = v_cache.index_select(0, shared.blocks).flatten(0, 1).transpose(0, 1)
-    first = shared.column * v_cache.shape[1]
-    rows = weights[shared.start : shared.end, :, :, first : first + values.shape[1]]
+    here = slice(shared.place * block_size, (shared.place + shared.count) * block_size)
+    first = shared.column * block_size
+    rows = weights[shared.start : shared.end, :, :, first : first + shared.count * block_size]
     rows = rows.transpose(0, 1)
-    result = torch.bmm(rows.flatten(1, 2), values)
+    result = torch.bmm(rows.flatten(1, 2), values[:, here])
     out[shared.start : shared.end] += result.view(*rows.shape[:3], -1).transpose(0, 1)
 
 

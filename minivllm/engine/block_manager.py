@@ -149,8 +149,30 @@ class BlockManager:
                 if self.events is not None:
                     numbers = found.identity, parent
                     self.events.add("cached", seq.request_id, (found.block_id,), *numbers)
-            # Otherwise an equal block is cached already; this one stays private.
+            # Otherwise an equal block is cached already; this one is filled, and then given up.
             seq.prefix_chain.append(found.identity)
+
+    def share_last_block(self, seq: Sequence) -> None:
+        """Exchange the block that ``seq`` has just filled for an equal one that is cached.
+
+        Requests that generate the same text hold it once then, not only while it is their prompt.
+        Does nothing unless all tokens of the block are computed and the next block is empty.
+        """
+        index = len(seq.prefix_chain) - 1
+        if index < 0 or (index + 1) * self.block_size != seq.num_computed:
+            return
+        found = self._cached.get(seq.block_hashes[index])
+        old = seq.block_table[index]
+        # Its identity stands for its content and for all before it.
+        if found is None or found.identity != seq.prefix_chain[index] or found.block_id == old:
+            return
+        self._take([found])
+        self._put_back([old])
+        seq.block_table[index] = found.block_id
+        seq.exchanged.append(index)
+        if self.events is not None:
+            self.events.add("released", seq.request_id, (old,))
+            self.events.add("shared", seq.request_id, (found.block_id,), seq.num_computed)
 
     def release(self, seq: Sequence) -> None:
         """Take back all blocks of ``seq``; the cached ones stay findable until evicted."""

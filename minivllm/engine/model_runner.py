@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from minivllm.attention.paged import PagedBatch, PagedKVCache
-from minivllm.attention.paged_torch import bind_torch_attention
+from minivllm.attention.paged_torch import TorchAttention
 from minivllm.attention.paged_triton import TritonAttention, triton_runs_on
 from minivllm.engine.batches import (
     TokenLogprobs,
@@ -135,7 +135,7 @@ class ModelRunner:
             on_gpu = self.device.type == "cuda"
             backend = "triton" if on_gpu and triton_runs_on(self.device) else "torch"
         if backend == "torch":
-            return bind_torch_attention
+            return TorchAttention()
         if not triton_runs_on(self.device):
             raise ValueError(
                 f"attention_backend='triton' cannot run on {self.device}: it needs Triton and a "

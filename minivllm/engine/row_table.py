@@ -56,7 +56,6 @@ class RowTable:
         if row is None:
             row = Row(self._free.pop(), 0, seq.num_preemptions)
             self._rows[seq] = row
-        first = row.num_blocks
         updates.set_row(
             row.index,
             last_token=0,
@@ -66,14 +65,17 @@ class RowTable:
             temperature=0.0 if seq.params.greedy else seq.params.temperature,
             blocks=(),
         )
-        updates.set_blocks(row.index, first, seq.block_table[first:])
-        row.num_blocks = len(seq.block_table)
+        self.follow([seq], updates)
         return row.index
 
     def follow(self, sequences: list[Sequence], updates: RowUpdates) -> None:
-        """Tell the device of the blocks that these sequences have got."""
+        """Tell the device of the blocks that these sequences have got, or exchanged."""
         for seq in sequences:
             row = self._rows[seq]
+            if seq.exchanged:
+                for index in seq.exchanged:
+                    updates.set_blocks(row.index, index, [seq.block_table[index]])
+                seq.exchanged.clear()
             count = len(seq.block_table)
             if count != row.num_blocks:
                 new = seq.block_table[row.num_blocks :]

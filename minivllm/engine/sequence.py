@@ -65,6 +65,9 @@ class Sequence:
         # cached blocks that hold this sequence's prefix.
         self.block_hashes: list[int] = []
         self.prefix_chain: list[int] = []
+        # Places of the table whose block was exchanged for an equal one, for whoever has a copy of
+        # the table.
+        self.exchanged: list[int] = []
 
     def __len__(self) -> int:
         return len(self.token_ids)
