@@ -211,7 +211,14 @@ class DecodeGroup:
             host_tables[piece.row][skip : -(-piece.context // block_size)]
             for piece, skip in zip(order, skipped, strict=True)
         ]
-        self.blocks, owner, entry = _entries(own)
+        # One block a row, as while many ask the same: then entry i is row i, and there is nothing
+        # to sort.
+        self.one_each = all(len(blocks) == 1 for blocks in own)
+        if self.one_each:
+            every = [blocks[0] for blocks in own]
+            self.blocks, owner, entry = every, list(range(len(own))), [[i] for i in range(len(own))]
+        else:
+            self.blocks, owner, entry = _entries(own)
         most = max(map(len, own))
         entry_of_place = [[*row, *([0] * (most - len(row)))] for row in entry]
         self.key = torch.arange(most * block_size, device=device)
@@ -252,9 +259,13 @@ class DecodeGroup:
         num_heads, head_size = q.shape[1:]
         block_size, num_kv_heads = k_cache.shape[1:3]
         queries = (q * scale).view(self.num_rows, num_kv_heads, -1, head_size)
-        own = _per_head(queries.index_select(0, self.asker), self._own(k_cache).mT)
-        own = own.index_select(0, self.entry_of_place).unflatten(0, (self.num_rows, -1))
-        own = own.permute(0, 2, 3, 1, 4).flatten(3).masked_fill(self.hidden, float("-inf"))
+        if self.one_each:
+            own = _per_head(queries, self._own(k_cache).mT)
+        else:
+            own = _per_head(queries.index_select(0, self.asker), self._own(k_cache).mT)
+            own = own.index_select(0, self.entry_of_place).unflatten(0, (self.num_rows, -1))
+            own = own.permute(0, 2, 3, 1, 4).flatten(3)
+        own = own.masked_fill(self.hidden, float("-inf"))
         if self.shared:
             scores = own.new_full((*own.shape[:3], self.shared_len), float("-inf"))
             # [G, D, shared tokens] and [G, shared tokens, D]: each block once for all who share it.
@@ -265,11 +276,15 @@ class DecodeGroup:
             own = torch.cat((scores, own), dim=-1)
         # In float32, as the kernels do: bfloat16 sums of many small weights lose their tail.
         weights = own.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-        own = weights[..., self.shared_len :].unflatten(3, (-1, block_size))
-        own = own.permute(0, 3, 1, 2, 4).flatten(0, 1).index_select(0, self.place_of_entry)
-        out = queries.new_zeros(self.num_rows + 1, *queries.shape[1:])
-        out.index_add_(0, self.owner, _per_head(own, self._own(v_cache)))
-        out = out[:-1]
+        own = weights[..., self.shared_len :]
+        if self.one_each:
+            out = _per_head(own, self._own(v_cache))
+        else:
+            own = own.unflatten(3, (-1, block_size)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+            own = own.index_select(0, self.place_of_entry)
+            out = queries.new_zeros(self.num_rows + 1, *queries.shape[1:])
+            out.index_add_(0, self.owner, _per_head(own, self._own(v_cache)))
+            out = out[:-1]
         for shared in self.shared:
             _add_shared(shared, weights, values, out, block_size)
         return out.view(-1, num_heads, head_size)

@@ -156,10 +156,10 @@ class BlockManager:
         """Exchange the block that ``seq`` has just filled for an equal one that is cached.
 
         Requests that generate the same text hold it once then, not only while it is their prompt.
-        Does nothing unless all tokens of the block are computed and the next block is empty.
+        Does nothing while a token of the block is still to be computed.
         """
         index = len(seq.prefix_chain) - 1
-        if index < 0 or (index + 1) * self.block_size != seq.num_computed:
+        if index < 0 or (index + 1) * self.block_size > seq.num_computed:
             return
         found = self._cached.get(seq.block_hashes[index])
         old = seq.block_table[index]
