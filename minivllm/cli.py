@@ -104,12 +104,14 @@ def _bench_throughput(options: argparse.Namespace) -> None:
         most=options.most,
         rounds=options.rounds,
         profile=options.profile,
+        peers=options.peers,
         output=options.output,
+        plot=options.plot,
     )
 
 
 def _bench_latency(options: argparse.Namespace) -> None:
-    from minivllm.benchmarks.throughput import run_latency
+    from minivllm.benchmarks.latency import run_latency
 
     run_latency(
         _engine_settings(options),
@@ -118,6 +120,39 @@ def _bench_latency(options: argparse.Namespace) -> None:
         num_input=options.input,
         num_output=options.tokens,
         output=options.output,
+    )
+
+
+def _bench_ladder(options: argparse.Namespace) -> None:
+    from minivllm.benchmarks.ladder import run_ladder
+
+    run_ladder(
+        model=options.model,
+        shapes=options.shapes,
+        device=options.device,
+        dtype=options.dtype,
+        num_requests=options.requests,
+        batch=options.batch,
+        subset=options.subset,
+        rounds=options.rounds,
+        output=options.output,
+        plot=options.plot,
+    )
+
+
+def _bench_serve_sim(options: argparse.Namespace) -> None:
+    from minivllm.benchmarks.serve_sim import run_serve_sim
+
+    run_serve_sim(
+        _engine_settings(options),
+        shapes=options.shapes,
+        rates=options.rates,
+        num_requests=options.requests,
+        seed=options.arrivals_seed,
+        ttft_limit_ms=options.ttft_limit,
+        itl_limit_ms=options.itl_limit,
+        output=options.output,
+        plot=options.plot,
     )
 
 
@@ -169,6 +204,10 @@ def _parser() -> argparse.ArgumentParser:
     throughput.add_argument("--most", type=int, default=1024, help="most tokens in and out (1024)")
     throughput.add_argument("--rounds", type=int, default=2, help="how often all run (2)")
     throughput.add_argument("--profile", action="store_true", help="also profile decode steps")
+    throughput.add_argument(
+        "--peers", action="store_true", help="then vLLM, nano-vllm and transformers, if installed"
+    )
+    _add_plot_flag(throughput)
     _add_shapes_flag(throughput)
     throughput.set_defaults(run=_bench_throughput)
     latency = benches.add_parser("latency", help="time to the first token and between tokens")
@@ -177,17 +216,66 @@ def _parser() -> argparse.ArgumentParser:
     latency.add_argument("--tokens", type=int, default=256, help="tokens of an answer (256)")
     _add_shapes_flag(latency)
     latency.set_defaults(run=_bench_latency)
+    _add_ladder(benches)
+    _add_serve_sim(benches)
     for name, summary in ATTENTION_BENCHMARKS.items():
         benches.add_parser(name, help=summary)
     return parser
 
 
+def _add_ladder(benches: Any) -> None:
+    ladder = benches.add_parser(
+        "ladder", help="the same prompts by every chapter's way: output tokens a second"
+    )
+    ladder.add_argument("--requests", type=int, help="how many (128; 32 on a CPU)")
+    ladder.add_argument("--batch", type=int, help="sequences at a time (32; 8 on a CPU)")
+    ladder.add_argument(
+        "--subset", type=int, default=4, help="requests of the chapters that serve one by one (4)"
+    )
+    ladder.add_argument("--rounds", type=int, default=3, help="of each, unless it is slow (3)")
+    ladder.add_argument("--model", help="a folder or hub name (the embedded tiny Qwen3)")
+    ladder.add_argument("--device", help="cpu, cuda or cuda:N (the GPU if there is one)")
+    ladder.add_argument("--dtype", help="float32, float16 or bfloat16")
+    _add_shapes_name(ladder)
+    _add_output_flag(ladder)
+    _add_plot_flag(ladder)
+    ladder.set_defaults(run=_bench_ladder)
+
+
+def _add_serve_sim(benches: Any) -> None:
+    serve_sim = benches.add_parser(
+        "serve-sim", help="requests that arrive over time: waiting times, goodput, fairness"
+    )
+    serve_sim.add_argument(
+        "--rates", type=float, nargs="+", help="requests a second (0.3, 0.6, 0.9 of the capacity)"
+    )
+    serve_sim.add_argument("--requests", type=int, default=64, help="at each rate (64)")
+    serve_sim.add_argument("--arrivals-seed", type=int, default=0, help="of the arrivals (0)")
+    serve_sim.add_argument(
+        "--ttft-limit", type=float, default=500.0, help="good: first token within ms (500)"
+    )
+    serve_sim.add_argument(
+        "--itl-limit", type=float, default=50.0, help="good: ms a further token, on average (50)"
+    )
+    _add_plot_flag(serve_sim)
+    _add_shapes_flag(serve_sim)
+    serve_sim.set_defaults(run=_bench_serve_sim)
+
+
 def _add_shapes_flag(parser: argparse.ArgumentParser) -> None:
+    _add_shapes_name(parser)
+    _add_output_flag(parser)
+    _add_engine_flags(parser)
+
+
+def _add_shapes_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", metavar="NAME", help="random weights of this model's shapes, e.g. Qwen3-0.6B"
     )
-    _add_output_flag(parser)
-    _add_engine_flags(parser)
+
+
+def _add_plot_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", metavar="FILE", help="also draw the figures there, as SVG")
 
 
 def _add_output_flag(parser: argparse.ArgumentParser) -> None:

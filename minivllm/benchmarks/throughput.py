@@ -1,7 +1,8 @@
-"""``minivllm bench throughput`` and ``latency``: the whole engine, as its users meet it."""
+"""``minivllm bench throughput``: the whole engine on the field's usual workload."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import torch
 
 from minivllm.benchmarks.harness import ceilings, format_table
+from minivllm.benchmarks.memory import peak_host_bytes
+from minivllm.benchmarks.peers import run_peers
 from minivllm.benchmarks.profile import profile_decode
 from minivllm.benchmarks.report import machine_facts, write_report
 from minivllm.benchmarks.shapes import shape_folder
-from minivllm.benchmarks.workload import check_greedy, usual_workload, work_of
+from minivllm.benchmarks.svg import Bar, bar_chart, write_svg
+from minivllm.benchmarks.workload import Workload, check_greedy, usual_workload, work_of
 from minivllm.engine.outputs import RequestOutput
 from minivllm.engine.sampling_params import SamplingParams
 from minivllm.llm import LLM
+from minivllm.models.hub import model_folder
 
 
 def build(settings: dict[str, Any], shapes: str | None) -> tuple[LLM, float]:
@@ -45,12 +50,72 @@ def run_throughput(
     rounds: int,
     profile: bool,
     output: str | None,
-) -> None:
-    """The field's usual workload; prints tokens a second and the share of the machine's limit."""
+    peers: bool = False,
+    plot: str | None = None,
+) -> dict[str, Any]:
+    """The field's usual workload; prints tokens a second and the share of the machine's limit.
+
+    peers: then run what else is installed on the same workload. plot: a file for the picture.
+    """
+    for name, value in (("requests", num_requests), ("most", most), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    report, workload, place = _measure_throughput(
+        settings, shapes, num_requests, most, rounds, profile=profile
+    )
+    first, median, limit = (
+        report[name]
+        for name in (
+            "first_output_tokens_per_s",
+            "median_output_tokens_per_s",
+            "limit_output_tokens_per_s",
+        )
+    )
+    work, peak = report["work"], report["peak_host_bytes"]
+    rows = [
+        ["ready after process start", f"{report['ready_seconds']:.1f} s"],
+        ["of that, loading and recording", f"{report['loading_seconds']:.1f} s"],
+        ["peak host memory", "unknown" if peak is None else f"{peak / 2**30:.2f} GiB"],
+        ["first run", f"{first:,.0f} output tokens/s"],
+        [f"median of {rounds}", f"{median:,.0f} output tokens/s"],
+        ["bytes to move", f"{(work['kv_bytes'] + work['weight_bytes']) / 1e12:.2f} TB"],
+        ["operations", f"{work['flop'] / 1e12:.0f} TFLOP"],
+        ["limit at the measured ceilings", f"{limit:,.0f} output tokens/s"],
+        ["share of the limit, first / median", f"{first / limit:.2f} / {median / limit:.2f}"],
+        ["host time a step", f"{report['rounds'][-1]['host_ms_per_step']:.2f} ms"],
+        ["greedy tokens against the plain model", verdict(report["check"])],
+    ]
+    print(format_table(["throughput", machine_facts()["device"]], rows))
+    if peers:
+        # The engine is gone by now; what the allocator still holds of it, a peer could not have.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        report["peers"] = run_peers(workload, **place, rounds=rounds)
+    write_report(output, report)
+    write_svg(plot, draw({**machine_facts(), **report}))
+    return report
+
+
+def _measure_throughput(
+    settings: dict[str, Any],
+    shapes: str | None,
+    num_requests: int,
+    most: int,
+    rounds: int,
+    *,
+    profile: bool,
+) -> tuple[dict[str, Any], Workload, dict[str, Any]]:
+    """The report, the workload, and which model in which form runs where, for the peers.
+
+    Nothing of the engine is left when it returns.
+    """
+    began = time.perf_counter()
     llm, ready = build(settings, shapes)
+    loading = time.perf_counter() - began
     with llm:
         engine = llm.engine
-        workload = usual_workload(num_requests, most, vocab_size=_vocab(llm))
+        workload = usual_workload(num_requests, most, vocab_size=vocab_size(llm))
         params = [
             SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=count)
             for count in workload.max_tokens
@@ -73,6 +138,8 @@ def run_throughput(
                 }
             )
             print(f"{seconds:.3f} s, {tokens / seconds:,.0f} output tokens/s", flush=True)
+        # Now: the ceilings and the check take memory that serving does not.
+        peak = peak_host_bytes()
         runner = engine.runner
         assert runner is not None
         device = runner.device
@@ -82,22 +149,26 @@ def run_throughput(
         least = work.seconds(limits["copy_bytes_per_s"], limits["matmul_flop_per_s"])
         limit = workload.num_output_tokens / least
         first = results[0]["output_tokens_per_s"]
-        best = statistics.median(result["output_tokens_per_s"] for result in results)
-        check = check_greedy(runner.model, _greedy_outputs(llm))
+        median = statistics.median(result["output_tokens_per_s"] for result in results)
         report: dict[str, Any] = {
             "benchmark": "throughput",
-            "model": shapes or str(settings.get("model")),
+            "model": shapes or str(settings.get("model") or "the embedded tiny Qwen3"),
             "requests": num_requests,
             "input_tokens": workload.num_input_tokens,
             "output_tokens": workload.num_output_tokens,
             "ready_seconds": ready,
+            # Weights, room for the KV cache, kernels and graphs: all but the imports.
+            "loading_seconds": loading,
+            "peak_host_bytes": peak,
             "rounds": results,
+            "first_output_tokens_per_s": first,
+            "median_output_tokens_per_s": median,
             "ceilings": limits,
             "work": vars(work),
             "limit_output_tokens_per_s": limit,
             "first_share_of_limit": first / limit,
-            "median_share_of_limit": best / limit,
-            "check": check,
+            "median_share_of_limit": median / limit,
+            "check": check_greedy(runner.model, greedy_outputs(llm)),
             "graphs": vars(runner.facts) if hasattr(runner, "facts") else None,
         }
         if device.type == "cuda":
@@ -107,100 +178,39 @@ def run_throughput(
                 f"batch {batch}, context {context}": profile_decode(llm, batch, context)
                 for batch, context in ((256, 540), (32, 256), (1, 256))
             }
-    rows = [
-        ["ready after process start", f"{ready:.1f} s"],
-        ["first run", f"{first:,.0f} output tokens/s"],
-        [f"median of {rounds}", f"{best:,.0f} output tokens/s"],
-        ["bytes to move", f"{(work.kv_bytes + work.weight_bytes) / 1e12:.2f} TB"],
-        ["operations", f"{work.flop / 1e12:.0f} TFLOP"],
-        ["limit at the measured ceilings", f"{limit:,.0f} output tokens/s"],
-        ["share of the limit, first / median", f"{first / limit:.2f} / {best / limit:.2f}"],
-        ["host time a step", f"{results[-1]['host_ms_per_step']:.2f} ms"],
-        ["greedy tokens against the plain model", _verdict(check)],
+        place = {
+            "folder": model_folder(engine.config.model),
+            "dummy": engine.config.load_format == "dummy",
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+        }
+    return report, workload, place
+
+
+def draw(report: dict[str, Any]) -> str:
+    """Output tokens a second beside the machine's limit, and the peers that ran with it."""
+    count = len(report["rounds"])
+    bars = [
+        Bar("limit of this machine", report["limit_output_tokens_per_s"], colour=5),
+        Bar("minivllm, first run", report["first_output_tokens_per_s"]),
+        Bar(f"minivllm, median of {count}", report["median_output_tokens_per_s"]),
     ]
-    print(format_table(["throughput", machine_facts()["device"]], rows))
-    write_report(output, report)
-
-
-def run_latency(
-    settings: dict[str, Any],
-    *,
-    shapes: str | None,
-    batches: list[int],
-    num_input: int,
-    num_output: int,
-    output: str | None,
-) -> None:
-    """Time to the first token and between tokens, for batches that start together."""
-    llm, ready = build(settings, shapes)
-    rows, results = [], {}
-    with llm:
-        for batch in batches:
-            _latency_round(llm, batch, num_input, 16, seed=1)
-            rounds = [
-                _latency_round(llm, batch, num_input, num_output, seed=2 + number)
-                for number in range(3)
-            ]
-            firsts = sorted(first for result in rounds for first in result[0])
-            gaps = sorted(gap for result in rounds for gap in result[1])
-            totals = [result[2] for result in rounds]
-            facts = {
-                "first_token_ms": _percentiles(firsts),
-                "between_tokens_ms": _percentiles(gaps),
-                "ms_per_token": 1e3 * statistics.median(totals) / num_output,
-            }
-            results[str(batch)] = facts
-            rows.append(
-                [
-                    str(batch),
-                    f"{facts['ms_per_token']:.3f}",
-                    f"{facts['first_token_ms']['p50']:.2f}",
-                    *(f"{facts['between_tokens_ms'][p]:.3f}" for p in ("p50", "p90", "p99")),
-                ]
-            )
-        check = None
-        if llm.engine.runner is not None:
-            check = check_greedy(llm.engine.runner.model, _greedy_outputs(llm, 1, 64))
-    headers = ["batch", "ms a token, all in", "first token", "between: p50", "p90", "p99"]
-    print(format_table(headers, rows))
-    print(f"greedy tokens against the plain model: {_verdict(check)}")
-    write_report(
-        output,
-        {
-            "benchmark": "latency",
-            "model": shapes or str(settings.get("model")),
-            "input_tokens": num_input,
-            "output_tokens": num_output,
-            "ready_seconds": ready,
-            "batches": results,
-            "check": check,
-        },
+    for name, peer in report.get("peers", {}).items():
+        if "output_tokens_per_s" in peer:
+            part = "" if peer["requests"] == report["requests"] else f"{peer['requests']} requests"
+            label = f"{name} {peer['version']}"
+            bars.append(Bar(label, peer["output_tokens_per_s"], part, colour=1))
+    return bar_chart(
+        "Throughput, output tokens a second",
+        bars,
+        unit="tokens/s",
+        notes=[
+            f"{report['model']} on {report['device']}, {report['date']}",
+            f"{report['requests']} requests at once, {report['input_tokens']:,} tokens in and "
+            f"{report['output_tokens']:,} out, temperature 0.6",
+            "the limit is computed from the copy bandwidth and product rate of the same run",
+        ],
     )
-
-
-def _latency_round(
-    llm: LLM, batch: int, num_input: int, num_output: int, *, seed: int
-) -> tuple[list[float], list[float], float]:
-    """Seconds to each request's first token, between tokens, and in all."""
-    prompts = usual_workload(batch, num_input, seed, _vocab(llm)).prompts
-    prompts = [(prompt * num_input)[:num_input] for prompt in prompts]
-    engine = llm.engine
-    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=num_output)
-    began = time.perf_counter()
-    for place, prompt in enumerate(prompts):
-        engine.add_request(str(place), prompt, params)
-    last: dict[str, float] = {}
-    firsts, gaps = [], []
-    while engine.has_unfinished_requests:
-        outputs = engine.step()
-        now = time.perf_counter()
-        for out in outputs:
-            if out.request_id in last:
-                gaps.append(now - last[out.request_id])
-            else:
-                firsts.append(now - began)
-            last[out.request_id] = now
-    return firsts, gaps, time.perf_counter() - began
 
 
 def _timed(
@@ -212,26 +222,22 @@ def _timed(
     return time.perf_counter() - began, outputs
 
 
-def _greedy_outputs(llm: LLM, num_requests: int = 24, count: int = 48) -> list[RequestOutput]:
-    workload = usual_workload(num_requests, 400, 9, _vocab(llm))
+def greedy_outputs(llm: LLM, num_requests: int = 24, count: int = 48) -> list[RequestOutput]:
+    """Greedy answers to a few of the usual prompts, as long as the engine's context allows."""
+    room = llm.engine.max_model_len
+    count = min(count, room // 2)
+    workload = usual_workload(num_requests, min(400, room - count), 9, vocab_size(llm))
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=count)
     return llm.generate(workload.prompts, params, use_tqdm=False)
 
 
-def _vocab(llm: LLM) -> int:
+def vocab_size(llm: LLM) -> int:
+    """How many tokens the model knows."""
     return llm.engine.model_config.vocab_size
 
 
-def _percentiles(values: list[float]) -> dict[str, float]:
-    """In milliseconds; values ascending, in seconds."""
-    last = len(values) - 1
-    return {
-        f"p{share}": 1e3 * values[round(last * share / 100)] if values else float("nan")
-        for share in (50, 90, 99, 100)
-    }
-
-
-def _verdict(check: dict[str, float] | None) -> str:
+def verdict(check: dict[str, float] | None) -> str:
+    """What :func:`check_greedy` found, in a few words."""
     if check is None:
         return "not checked"
     word = "agree" if check["agrees"] else "DIFFER"

@@ -87,40 +87,64 @@ def matrix_parameters(config: ModelConfig) -> int:
     return config.num_layers * layer + config.vocab_size * config.hidden_size
 
 
-@torch.inference_mode()
-def check_greedy(model: Any, outputs: list[RequestOutput]) -> dict[str, float]:
-    """Compare greedy answers with the plain model (chapter 2, no kernel of ours) in float32.
+@dataclass(frozen=True)
+class Margins:
+    """How a greedy answer stands to the plain model in float32.
 
-    The plain model reads each prompt and answer as a whole. A token agrees if it is the likeliest,
-    or if it falls short of it by no more than 16-bit rounding moves a logit: three times the
-    largest difference between the plain model's own logits in its dtype and in float32.
-    Returns the shares of tokens that are the likeliest and that agree, and both distances.
+    tokens: how many; likeliest: how many of them are the likeliest; worst: the most that one falls
+    short of the likeliest, in logits; noise: the largest difference between the plain model's
+    logits in its own dtype and in float32.
     """
+
+    tokens: int
+    likeliest: int
+    worst: float
+    noise: float
+
+
+@torch.inference_mode()
+def margins_of(model: Any, prompt: list[int], answer: list[int]) -> Margins:
+    """Compare an answer with the plain model (chapter 2, no kernel of ours), read as a whole."""
     attend = borrowed_attention(model.config.head_size**-0.5)
     device = model.lm_head.weight.device
-    total = likeliest = 0
-    worst = noise = 0.0
-    for output in outputs:
-        answer = output.outputs[0].token_ids
-        token_ids = output.prompt_token_ids + answer[:-1]
-        ids = torch.tensor(token_ids, device=device)
-        positions = torch.arange(len(ids), device=device)
-        start = len(output.prompt_token_ids) - 1
-        plain = model.compute_logits(model(ids, positions, attend)[start:]).float()
-        exact = _float32_logits(model, ids, positions)[start:]
-        chosen = exact.gather(1, torch.tensor(answer, device=device)[:, None])[:, 0]
-        short = exact.amax(dim=1) - chosen
-        worst = max(worst, float(short.max()))
-        noise = max(noise, float((plain - exact).abs().max()))
-        likeliest += int((short == 0).sum())
-        total += len(answer)
+    ids = torch.tensor(prompt + answer[:-1], device=device)
+    positions = torch.arange(len(ids), device=device)
+    start = len(prompt) - 1
+    plain = model.compute_logits(model(ids, positions, attend)[start:]).float()
+    exact = _float32_logits(model, ids, positions)[start:]
+    chosen = exact.gather(1, torch.tensor(answer, device=device)[:, None])[:, 0]
+    short = exact.amax(dim=1) - chosen
+    return Margins(
+        tokens=len(answer),
+        likeliest=int((short == 0).sum()),
+        worst=float(short.max()),
+        noise=float((plain - exact).abs().max()),
+    )
+
+
+def verdict_of(margins: list[Margins]) -> dict[str, float]:
+    """The shares of tokens that are the likeliest, both distances, and whether all agree.
+
+    A token agrees if it is the likeliest, or if it falls short of it by no more than rounding
+    moves a logit: three times the noise, and 1e-5 for the order of float32 sums.
+    """
+    total = sum(one.tokens for one in margins)
+    worst = max(one.worst for one in margins)
+    noise = max(one.noise for one in margins)
     return {
         "tokens": total,
-        "likeliest_share": likeliest / total,
+        "likeliest_share": sum(one.likeliest for one in margins) / total,
         "worst_shortfall": worst,
         "rounding_of_plain_model": noise,
         "agrees": float(worst <= 3 * noise + 1e-5),
     }
+
+
+def check_greedy(model: Any, outputs: list[RequestOutput]) -> dict[str, float]:
+    """:func:`verdict_of` the answers of an engine."""
+    return verdict_of(
+        [margins_of(model, out.prompt_token_ids, out.outputs[0].token_ids) for out in outputs]
+    )
 
 
 def _float32_logits(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,122 @@
+"""``bench throughput`` and ``latency`` on a small model: reports, pictures, and --help."""
+
+import pytest
+from benchmark_helpers import read_report, small_model, texts_of
+
+from minivllm.benchmarks import throughput
+from minivllm.benchmarks.memory import peak_host_bytes
+from minivllm.benchmarks.svg import Bar, Line, bar_chart, line_charts
+from minivllm.benchmarks.throughput import draw
+from minivllm.cli import main
+
+SMALL = ["--device", "cpu", "--max-num-seqs", "4", "--num-kv-blocks", "64"]
+FIGURES = {"copy_bytes_per_s": 1e10, "matmul_flop_per_s": 1e11}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("throughput") / "model")
+
+
+def test_throughput_reports_loading_memory_and_peers(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "ceilings", lambda device: FIGURES)
+    seen = {}
+
+    def fake_peers(workload, **place):
+        seen.update(place, requests=len(workload.prompts))
+        measured = {"output_tokens_per_s": 321.0, "requests": 3, "version": "1.2"}
+        return {"one": measured, "two": {"skipped": "two is not installed"}}
+
+    monkeypatch.setattr(throughput, "run_peers", fake_peers)
+    what = ["--model", model, "--requests", "6", "--most", "12", "--rounds", "2", "--peers"]
+    files = ["--output", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.svg")]
+    assert main(["bench", "throughput", *what, *files, *SMALL]) == 0
+    report = read_report(tmp_path / "t.json")
+    assert report["output_tokens"] == 72 and len(report["rounds"]) == 2
+    assert 0 < report["loading_seconds"] <= report["ready_seconds"]
+    assert report["peak_host_bytes"] > 2**20
+    assert report["check"]["agrees"]
+    limit = report["limit_output_tokens_per_s"]
+    work = report["work"]
+    least = (work["kv_bytes"] + work["weight_bytes"]) / 1e10 + work["flop"] / 1e11
+    assert limit == pytest.approx(72 / least)
+    first = report["rounds"][0]["output_tokens_per_s"]
+    assert report["first_share_of_limit"] == pytest.approx(first / limit)
+    assert seen == {
+        "requests": 6,
+        "folder": seen["folder"],
+        "dummy": False,
+        "dtype": "float32",
+        "device": "cpu",
+        "rounds": 2,
+    }
+    assert str(seen["folder"]) == model
+    texts = texts_of((tmp_path / "t.svg").read_text(encoding="utf-8"))
+    # A peer is drawn only if it was measured.
+    assert "one 1.2" in texts and "3 requests" in texts and "two" not in texts
+    assert report["device"] in texts and report["date"] in texts
+    assert "peak host memory" in capsys.readouterr().out
+
+
+def test_without_peers_the_picture_has_none(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "ceilings", lambda device: FIGURES)
+    monkeypatch.setattr(throughput, "run_peers", lambda *_, **__: pytest.fail("not asked for"))
+    arguments = ["--requests", "3", "--most", "5", "--rounds", "1"]
+    file = tmp_path / "t.json"
+    main(["bench", "throughput", "--model", model, *arguments, "--output", str(file), *SMALL])
+    report = read_report(file)
+    assert "peers" not in report and texts_of(draw(report)).count("minivllm") == 2
+
+
+def test_latency_has_its_report(model, tmp_path, capsys):
+    file = tmp_path / "latency.json"
+    sizes = ["--batch", "1", "3", "--input", "8", "--tokens", "6"]
+    assert main(["bench", "latency", "--model", model, *sizes, "--output", str(file), *SMALL]) == 0
+    report = read_report(file)
+    assert set(report["batches"]) == {"1", "3"} and report["check"]["agrees"]
+    for facts in report["batches"].values():
+        assert 0 < facts["between_tokens_ms"]["p50"] <= facts["between_tokens_ms"]["p99"]
+    assert "first token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["ladder", "serve-sim", "throughput", "latency"])
+def test_help_tells_the_flags(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"minivllm bench {command}" in text and "--shapes" in text and "--output" in text
+    assert ("--plot" in text) == (command != "latency")
+
+
+@pytest.mark.parametrize("flag", ["--requests", "--most", "--rounds"])
+def test_mistakes_are_told_in_one_line(flag, capsys):
+    assert main(["bench", "throughput", "--device", "cpu", flag, "0"]) == 2
+    assert f"{flag[2:]}=0" in capsys.readouterr().err
+
+
+def test_peak_memory_never_falls():
+    before = peak_host_bytes()
+    if before is None:
+        pytest.skip("nobody counts it here")
+    block = bytearray(before + 2**24)
+    block[:: 2**12] = b"x" * len(block[:: 2**12])
+    assert peak_host_bytes() > before
+    del block
+    assert peak_host_bytes() > before
+
+
+def test_a_logarithmic_axis_has_a_line_for_each_power_of_ten():
+    picture = bar_chart("t", [Bar("a", 30.0), Bar("b", 2500.0, "<x>")], unit="u", log=True)
+    texts = texts_of(picture).splitlines()
+    assert [text for text in texts if text in ("10", "100", "1,000", "10,000")] == [
+        "10",
+        "100",
+        "1,000",
+        "10,000",
+    ]
+    assert "2,500  <x>" in texts
+    with pytest.raises(ValueError, match="only positive"):
+        bar_chart("t", [Bar("a", 0.0)], unit="u")
+    with pytest.raises(ValueError, match="no point"):
+        line_charts("t", [("p", [Line("a", [])])], x_label="x")
