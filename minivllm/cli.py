@@ -19,6 +19,7 @@ ENGINE_FLAGS = (
     "enable_prefix_caching",
     "enforce_eager",
     "async_scheduling",
+    "tensor_parallel_size",
     "attention_backend",
     "seed",
 )
@@ -315,6 +316,9 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         default=None,
         help="wait for every step before the next is scheduled",
+    )
+    group.add_argument(
+        "--tensor-parallel-size", type=int, help="GPUs, or on a CPU processes, to share a model (1)"
     )
     group.add_argument("--attention-backend", help="auto, torch or triton")
     group.add_argument("--seed", type=int, help="seed of the sampler (0)")

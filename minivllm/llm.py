@@ -3,7 +3,8 @@
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from minivllm.attention.paged_triton import triton_runs_on
 from minivllm.engine import llm_engine
+from minivllm.engine.config import EngineConfig
 from minivllm.engine.llm_engine import Prompt
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.outputs import EngineStats, RequestOutput
@@ -22,11 +24,40 @@ Message = dict[str, str]
 
 class LLMEngine(llm_engine.LLMEngine):
     __doc__ = llm_engine.LLMEngine.__doc__
+    # The ranks that share the model, once they have met; on one device there are none.
+    _ranks: Any = None
+
+    def __init__(self, config: EngineConfig | None = None, **keywords: Any) -> None:
+        try:
+            super().__init__(config, **keywords)
+        except BaseException:
+            # Half built: no rank may be left waiting for the rest of it.
+            owner = getattr(self, "runner", None) or self._ranks
+            if self._ranks is not None:
+                owner.close()
+            raise
+
+    def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The model, or this rank's share of it."""
+        size = self.config.tensor_parallel_size
+        if size == 1:
+            return super().load(folder, dtype, device)
+        # Here, since one device has no use for it.
+        from minivllm.distributed.launcher import assemble
+        from minivllm.distributed.worker import Job
+
+        settings = asdict(replace(self.config, model=str(folder), tokenizer=None))
+        name = str(dtype).removeprefix("torch.")
+        job = Job(settings, str(folder), self.max_model_len, name, device.type)
+        self._ranks = assemble(job, size)
+        return self._ranks.load()
 
     def make_runner(
         self, model: nn.Module, dtype: torch.dtype, device: torch.device
     ) -> ModelRunner:
         """On a GPU that our kernels run on, the runner with CUDA graphs; else the plain one."""
+        if self._ranks is not None:
+            return self._ranks.make_runner(model)
         kernels = self.config.attention_backend != "torch" and triton_runs_on(device)
         if device.type != "cuda" or not kernels:
             return super().make_runner(model, dtype, device)
@@ -42,6 +73,10 @@ class LLM:
     model: a Hugging Face folder, a name on the hub, or None for the embedded model; all other
     settings as in :class:`minivllm.engine.config.EngineConfig`. Use it as a context manager, or
     call :meth:`shutdown`, to free its memory at a definite time.
+
+    With ``tensor_parallel_size`` above 1 the model is shared out to as many ranks. This process is
+    one, and starts the others; or torchrun has started all, and then only rank 0 gets past this
+    constructor (see :mod:`minivllm.distributed.launcher`).
     """
 
     def __init__(self, model: Any = None, **settings: Any) -> None:

@@ -33,7 +33,7 @@ class EngineConfig:
     enforce_eager: never capture CUDA graphs.
     async_scheduling: on a GPU, prepare the next step while the last one runs, and read its tokens a
     step late; False waits for every step. The tokens are the same.
-    tensor_parallel_size: GPUs to run on.
+    tensor_parallel_size: how many GPUs share the model (chapter 9); on a CPU, how many processes.
     dtype: ``auto`` (the checkpoint's on a GPU, float32 on a CPU), ``float32``, ``float16`` or
     ``bfloat16``. device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     attention_backend: ``triton``, our kernels; ``torch``, which runs everywhere; ``auto`` takes the
@@ -94,10 +94,11 @@ class EngineConfig:
                 f"max_num_seqs={self.max_num_seqs}, whose decodes would not fit into one step; "
                 "raise the first or lower the second"
             )
-        if self.tensor_parallel_size > 1:
+        if self.tensor_parallel_size > 1 and ":" in self.device:
             raise ValueError(
-                f"tensor_parallel_size={self.tensor_parallel_size} is not supported: this engine "
-                "runs on one device; leave it at 1"
+                f"device={self.device!r} names one device for tensor_parallel_size="
+                f"{self.tensor_parallel_size} of them; give 'cuda', and choose the GPUs with the "
+                "environment variable CUDA_VISIBLE_DEVICES"
             )
 
     def resolve_device(self) -> torch.device:

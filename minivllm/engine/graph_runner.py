@@ -96,6 +96,7 @@ class GraphRunner(ModelRunner):
     def _reserve(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> None:
         assert config.block_size is not None
         self.block_size = config.block_size
+        self.vocab_size = self.model_config.vocab_size
         self.eager = config.enforce_eager or self.device.type != "cuda"
         places = config.max_num_seqs
         max_blocks = -(-max_model_len // config.block_size)
@@ -165,7 +166,7 @@ class GraphRunner(ModelRunner):
             return StepMessage(
                 updates=list(updates.words.items()),
                 places=self.table.places(sampling),
-                sampling=sampling_of(sampling, self.model_config.vocab_size) if cuts else None,
+                sampling=sampling_of(sampling, self.vocab_size) if cuts else None,
                 num_logprobs=num_logprobs,
             )
         ends = list(accumulate(item.num_tokens for item in step.scheduled))
@@ -178,7 +179,7 @@ class GraphRunner(ModelRunner):
             batch=lay_out(step.scheduled, self.block_size),
             last=[end - 1 for end, item in pairs if item.samples],
             waiting=[(at, row) for (at, _), row in zip(waiting, rows, strict=True)],
-            sampling=sampling_of(sampling, self.model_config.vocab_size),
+            sampling=sampling_of(sampling, self.vocab_size),
             num_logprobs=num_logprobs,
         )
 
@@ -191,7 +192,11 @@ class GraphRunner(ModelRunner):
             logits, tokens = self._run_batch(message)
         if message.num_logprobs is None or not len(tokens):
             return tokens, ()
-        return tokens, top_logprobs(logits, tokens, message.num_logprobs)
+        return tokens, top_logprobs(self.whole_rows(logits), tokens, message.num_logprobs)
+
+    def whole_rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits as this runner computes them -> [n, V]; here they are that already."""
+        return logits
 
     def close(self) -> None:
         """Free the graphs."""

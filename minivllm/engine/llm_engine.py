@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Sequence as Prompts
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from minivllm.engine.batches import TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.config import EngineConfig
 from minivllm.engine.detokenizer import IncrementalDetokenizer
+from minivllm.engine.events import EventLog
 from minivllm.engine.model_runner import ModelRunner, PendingStep, StepResult
 from minivllm.engine.outputs import (
     CompletionOutput,
@@ -62,11 +64,18 @@ class InFlight(NamedTuple):
 class LLMEngine:
     """Serves many requests at once: :meth:`add_request`, then :meth:`step` until none is left.
 
-    Settings are those of :class:`EngineConfig`. Raises ValueError for settings, files or memory
-    that will not do, before any request is taken.
+    Settings are those of :class:`EngineConfig`. events: where to record what the scheduler and the
+    block manager decide; None: nowhere. Raises ValueError for settings, files or memory that will
+    not do, before any request is taken.
     """
 
-    def __init__(self, config: EngineConfig | None = None, **keywords: Any) -> None:
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        events: EventLog | None = None,
+        **keywords: Any,
+    ) -> None:
         if config is not None and keywords:
             raise ValueError(
                 f"config was given, and so were {', '.join(keywords)}; put them into the config"
@@ -82,10 +91,7 @@ class LLMEngine:
         if not self.config.skip_tokenizer_init:
             where = self.config.tokenizer
             self.tokenizer = load_tokenizer(folder if where is None else model_folder(where))
-        if self.config.load_format == "dummy":
-            model = random_model(self.model_config, dtype=dtype, device=device)
-        else:
-            model = load_model(folder, self.model_config, dtype=dtype, device=device)
+        model = self.load(folder, dtype, device)
         self.runner: ModelRunner | None = self.make_runner(model, dtype, device)
         num_blocks = self.runner.cache.num_blocks
         capacity = num_blocks * self.config.block_size
@@ -101,12 +107,14 @@ class LLMEngine:
             num_blocks,
             self.config.block_size,
             enable_prefix_caching=self.config.enable_prefix_caching,
+            events=events,
         )
         self.scheduler = Scheduler(
             self.block_manager,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             policy=self.config.policy,
+            events=events,
         )
         self._stats = EngineStats(num_kv_blocks=num_blocks)
         self._requests: dict[str, Request] = {}
@@ -115,6 +123,17 @@ class LLMEngine:
         self._overlaps = self.config.async_scheduling and self.runner.overlaps
         self._in_flight: InFlight | None = None
         self._last_resolved = 0.0
+
+    def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The model of this engine; chapter 9 loads only this rank's share of it."""
+        if self.config.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size={self.config.tensor_parallel_size}: this engine runs on one "
+                "device; use minivllm.LLMEngine, or leave it at 1"
+            )
+        if self.config.load_format == "dummy":
+            return random_model(self.model_config, dtype=dtype, device=device)
+        return load_model(folder, self.model_config, dtype=dtype, device=device)
 
     def make_runner(
         self, model: nn.Module, dtype: torch.dtype, device: torch.device
@@ -244,6 +263,7 @@ class LLMEngine:
         if done is None or result is None:
             return []
         outputs = self._take_tokens(done.step, result, now)
+        self.scheduler.record_end(done.step)
         self._stats.host_seconds += time.perf_counter() - now
         self._count(done.step, now - max(done.started, self._last_resolved))
         self._last_resolved = now

@@ -107,13 +107,15 @@ def best_of_share_kernel(
     stride,
     V,
     share,
+    first_token,
     LANES: tl.constexpr,
     FAST: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """The best score and its token, of share ``program_id(0)`` of row ``program_id(1)``.
 
-    score, token: [B, shares]. Of equal scores the lowest token wins, as it does in torch.argmax.
+    score, token: [B, shares]. Column 0 of the logits is token ``first_token`` for the noise; here
+    tokens are columns. Of equal scores the lowest token wins, as it does in torch.argmax.
     """
     if DEPENDENT:
         gdc_launch_dependents()
@@ -145,7 +147,7 @@ def best_of_share_kernel(
         ahead = tl.load(row_ptr + token + TILE, mask=token + TILE < end, other=lowest)
         hope = tl.max(scaled, axis=1) + most_noise >= floor
         if tl.max(hope.to(tl.int32), axis=0) > 0:
-            noise = log2_of_noise(token, first, second, FAST)
+            noise = log2_of_noise(token + first_token, first, second, FAST)
             score = tl.max(tl.fma(noise, noise_scale, scaled), axis=1)
             best_start = tl.where(score > best, start, best_start)
             best = tl.maximum(best, score)
@@ -155,7 +157,8 @@ def best_of_share_kernel(
     # Which of its tile's tokens was it? Every lane scores that tile once more.
     token = best_start[:, None] + offset
     logit = tl.load(row_ptr + token, mask=token < end, other=lowest).to(tl.float32)
-    score = tl.fma(log2_of_noise(token, first, second, FAST), noise_scale, logit * inverse)
+    noise = log2_of_noise(token + first_token, first, second, FAST)
+    score = tl.fma(noise, noise_scale, logit * inverse)
     top = tl.max(tl.max(score, axis=1), axis=0)
     token = tl.where(score == top, token, V)
     at = row * tl.num_programs(0) + part
@@ -174,10 +177,13 @@ def best_of_row_kernel(
     last_token_ptr,
     length_ptr,
     num_outputs_ptr,
+    best_score_ptr,
     shares,
     V,
+    first_token,
     BLOCK: tl.constexpr,
     FINISH: tl.constexpr,
+    SCORE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """The token of row ``program_id(0)``, and if FINISH its place in the sequence's row."""
@@ -191,6 +197,9 @@ def best_of_row_kernel(
     token = tl.load(token_ptr + row * shares + cols, mask=mask, other=V)
     best = tl.min(tl.where(score == tl.max(score, axis=0), token, V), axis=0)
     best = tl.minimum(best, V - 1)  # a row of NaN has no best, but must name a token
+    best += first_token
+    if SCORE:
+        tl.store(best_score_ptr + row, tl.max(score, axis=0))
     tl.store(out_ptr + row, best.to(out_ptr.dtype.element_ty))
     if FINISH:
         target = tl.load(active_ptr + row).to(tl.int64)
@@ -210,6 +219,8 @@ def sample(
     *,
     out: torch.Tensor | None = None,
     finish: tuple[DeviceRows, torch.Tensor, StepInputs] | None = None,
+    first_token: int = 0,
+    score: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """One token a row, as :class:`minivllm.layers.sampler.Sampler` without filters draws it.
@@ -220,6 +231,8 @@ def sample(
         seed, step: int64 [B], the hash's input beside the token.
         out: int64 or int32 [B], written; by default a new int64 tensor.
         finish: (rows, active, inputs) does :func:`step_kernels.finish_step` on the way.
+        first_token: the token of column 0, where the logits are a part of a row.
+        score: float32 [B], receives the chosen tokens' scores, by which parts can be compared.
         pdl: launch before the kernel in front has ended (see ``step_kernels``).
 
     Returns:
@@ -244,6 +257,8 @@ def sample(
         out = torch.empty(batch, dtype=torch.int64, device=logits.device)
     elif out.shape != (batch,) or out.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; give int64 or int32 [{batch}]")
+    if score is not None and (score.shape != (batch,) or score.dtype != torch.float32):
+        raise ValueError(f"score is {score.dtype} {tuple(score.shape)}; give float32 [{batch}]")
     if batch == 0:
         return out
     share, warps = _share_of_a_program(batch, vocab_size)
@@ -262,6 +277,7 @@ def sample(
         logits.stride(0),
         vocab_size,
         share,
+        first_token,
         LANES=32 * warps,
         FAST=not triton.knobs.runtime.interpret,
         DEPENDENT=pdl,
@@ -288,10 +304,13 @@ def sample(
         tokens,
         out,
         *pointers,
+        score,
         shares,
         vocab_size,
+        first_token,
         BLOCK=triton.next_power_of_2(shares),
         FINISH=finish is not None,
+        SCORE=score is not None,
         DEPENDENT=pdl,
         num_warps=1,
         **options,

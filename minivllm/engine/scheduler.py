@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.events import EventLog
 from minivllm.engine.sequence import Sequence, Status
 
 POLICIES = ("prefill_first", "mixed")
@@ -30,10 +31,11 @@ class ScheduledSequence(NamedTuple):
 
 @dataclass
 class Step:
-    """What one step runs, and who lost their blocks for it."""
+    """What one step runs, and who lost their blocks for it. number: counted from 0."""
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    number: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +54,7 @@ class Scheduler:
     tokens in a step; a longer prompt is prefilled in chunks.
     policy: ``prefill_first`` runs prompts whenever one can be admitted, else all decodes;
     ``mixed`` runs all decodes and fills the rest of the step with prompt chunks.
+    events: where to record what is decided, best the block manager's own log; None: nowhere.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         policy: str = "prefill_first",
+        events: EventLog | None = None,
     ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs={max_num_seqs} must be at least 1")
@@ -76,9 +80,11 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.policy = policy
+        self.events = events
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._num_steps = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -87,6 +93,9 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence behind all others."""
         self.waiting.append(seq)
+        if self.events is not None:
+            number = self._num_steps
+            self.events.add("arrived", seq.request_id, (), seq.num_prompt_tokens, step=number)
 
     def schedule(self) -> Step:
         """Choose the next step.
@@ -94,7 +103,11 @@ class Scheduler:
         Empty when no sequence is left, or when all that are left wait for tokens that a step
         already chose (see :meth:`advance`).
         """
-        step = Step()
+        step = Step(number=self._num_steps)
+        self._num_steps += 1
+        if self.events is not None:
+            self.events.step = step.number
+            self.events.add("step begun", None, (), len(self.waiting), len(self.running))
         if self.policy == "mixed":
             self._schedule_decodes(step)
             self._schedule_prefills(step)
@@ -103,6 +116,10 @@ class Scheduler:
             if not step.scheduled:
                 self._schedule_decodes(step)
         assert step.scheduled or self._all_exhausted(), "no progress"
+        if self.events is not None:
+            for seq, num_tokens, _, decodes in step.scheduled:
+                kind = "decode" if decodes else "prefill"
+                self.events.add(kind, seq.request_id, (), seq.num_computed, num_tokens)
         return step
 
     def commit(self, step: Step, token_ids: list[int]) -> list[Sequence]:
@@ -113,7 +130,9 @@ class Scheduler:
         """
         self.advance(step)
         pairs = zip(step.sampling, token_ids, strict=True)
-        return [seq for seq, token_id in pairs if self.resolve(seq, token_id)]
+        resolved = [seq for seq, token_id in pairs if self.resolve(seq, token_id)]
+        self.record_end(step)
+        return resolved
 
     def advance(self, step: Step) -> None:
         """Record that ``step`` is on its way: the half of a commit that needs no token's value.
@@ -140,7 +159,14 @@ class Scheduler:
             else:
                 # Preempted while the token was on its way.
                 self.waiting.remove(seq)
+            self._record_finish(seq)
         return True
+
+    def record_end(self, step: Step) -> None:
+        """Tell the event log that the tokens of ``step`` are all there."""
+        if self.events is not None:
+            numbers = step.num_tokens, self.block_manager.num_held
+            self.events.add("step ended", None, (), *numbers, step=step.number)
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence wherever it stands, and give back its blocks."""
@@ -149,6 +175,7 @@ class Scheduler:
         elif seq.status is Status.WAITING:
             self.waiting.remove(seq)
         seq.finish(reason)
+        self._record_finish(seq)
 
     def recover(self) -> None:
         """After a step that failed: recompute everything that ran, and trust no cached block."""
@@ -174,6 +201,9 @@ class Scheduler:
                 index += 1
                 continue
             length = len(seq.token_ids)
+            # A block has its name as soon as its tokens are known: now, or a step late.
+            if seq.num_computed % block_size < 2:
+                self.block_manager.share_last_block(seq)
             # Only every S-th token asks for a block.
             while length > len(seq.block_table) * block_size and not self.block_manager.grow(
                 seq, length
@@ -204,6 +234,8 @@ class Scheduler:
             self.waiting.popleft()
             seq.status = Status.RUNNING
             self.running.append(seq)
+            if self.events is not None:
+                self.events.add("admitted", seq.request_id, (), seq.num_computed)
             budget -= self._schedule(seq, budget, step)
 
     def _schedule(self, seq: Sequence, budget: int, step: Step) -> int:
@@ -224,7 +256,13 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(victim)
         step.preempted.append(victim)
+        if self.events is not None:
+            self.events.add("preempted", victim.request_id)
 
     def _drop(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.block_manager.release(seq)
+
+    def _record_finish(self, seq: Sequence) -> None:
+        if self.events is not None:
+            self.events.add("finished", seq.request_id, (), seq.num_output_tokens)

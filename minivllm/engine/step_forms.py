@@ -15,15 +15,24 @@ from minivllm.engine import device_rows
 from minivllm.engine.device_rows import DeviceRows, StepInputs
 from minivllm.engine.skinny_forward import SkinnyForward
 from minivllm.layers.sampler import Sampler, SamplingTensors
+from minivllm.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from minivllm.engine.model_runner import ModelRunner
 # Whatever says how to draw a token for each row.
 Draw = StepInputs | SamplingTensors
 
-# Up to this many places a step is a matter of how fast weights can be read, and a chain of our own
-# kernels is faster than cuBLAS's products with ours in between (benchmarks/skinny.py).
-SKINNY_PLACES = 32
+
+def skinny_places(config: ModelConfig) -> int:
+    """Up to how many places a decode step runs as a chain of our own kernels (``skinny_forward``).
+
+    Reading weights takes nearly all of such a step. With narrow layers a kernel is over so soon
+    that the gaps between kernels count, and our chain has none; with wide ones cuBLAS reads faster
+    than ours from the second row on. Measured on an H200 with the shapes of 0.6B (1024 wide; 32
+    places 1.25 ms against 1.44) and 8B (4096 wide; 1 place 0.87 of the bandwidth, 32 places far
+    behind cuBLAS); where between them it turns is a guess.
+    """
+    return 32 if config.hidden_size <= 1536 else 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ def choose_forms(model: nn.Module, device: torch.device) -> StepForms:
 
     def decode(runner: ModelRunner, inputs: StepInputs, logits: torch.Tensor) -> None:
         places = len(logits)
-        if places <= SKINNY_PLACES and SkinnyForward.fits(model.config, places, device):
+        few = places <= skinny_places(model.config)
+        if few and SkinnyForward.fits(model.config, places, device):
             if places not in skinny:
                 skinny[places] = SkinnyForward(model, runner.cache, places, logits=logits)
             skinny[places](

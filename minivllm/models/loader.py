@@ -6,7 +6,7 @@ straight from the file into its place.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -133,19 +133,21 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    change: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> nn.Module:
     """Build the model that ``folder`` describes and fill it.
 
     config: what to build, read from the folder by default. dtype: of the weights and the
-    computation, the checkpoint's own by default.
+    computation, the checkpoint's own by default. change: is given the finished model before it is
+    filled, to replace layers in it, and returns it.
     Raises ValueError for a config or a checkpoint that cannot be used, before any memory is taken.
     """
     config = config or ModelConfig.from_folder(folder)
     cls = model_class(config.architecture)
     with Checkpoint(folder) as checkpoint:
         # A model on "meta" has shapes but no memory, which is all that the check needs.
-        checkpoint.check_fit(cls(config, device="meta"))
-        model = cls(config, dtype=dtype or config.dtype, device=device)
+        checkpoint.check_fit(change(cls(config, device="meta")))
+        model = change(cls(config, dtype=dtype or config.dtype, device=device))
         checkpoint.fill(model)
     return model.eval()
 
