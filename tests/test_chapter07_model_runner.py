@@ -1,10 +1,10 @@
 """Chapter 7: the model runner, which turns a scheduled step into tensors and these into tokens."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import one_thread
 from helpers import TINY, random_prompt, save_checkpoint, tiny_qwen3
 
 from minivllm.attention.paged import PagedKVCache
@@ -22,7 +22,13 @@ from minivllm.models.loader import load_model
 CPU = torch.device("cpu")
 
 
-threads = pytest.fixture(autouse=True)(one_thread)
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are faster without a second thread to wait for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def machine_facts() -> dict[str, Any]:
             **{name: _version(name) for name in ("torch", "triton", "transformers", "minivllm")},
         },
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *_without_files(sys.argv[1:])]),
     }
 
 
@@ -34,6 +34,16 @@ def write_report(file: str | None, result: dict[str, Any]) -> None:
     if file is not None:
         report = {**machine_facts(), **result}
         Path(file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_files(arguments: list[str]) -> list[str]:
+    """The command line but for where its results go, which is a matter of one machine."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and not argument.startswith(("--output", "--plot")):
+            kept.append(argument)
+        skip = not skip and argument in ("--output", "--plot")
+    return kept
 
 
 def _processor() -> str:
