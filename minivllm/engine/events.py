@@ -17,7 +17,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "taken": (),  # blocks for new content, in order
     "cached": ("identity", "parent"),  # one full block got its name; parent is an identity, 0: none
     "evicted": ("identity",),  # one block lost its name: its place is needed, or trust is lost
-    "released": (),  # all blocks of a request, in the order of its table
+    "released": (),  # blocks of a request: all of them, or one that an equal one replaces
     # The scheduler.
     "arrived": ("tokens",),  # a request of so many prompt tokens was queued
     "admitted": ("cached",),  # it got its blocks; so many of its tokens were in the cache
