@@ -170,6 +170,17 @@ def test_attend_to_tile_of_a_row_that_sees_nothing() -> None:
     assert_close(out.cpu(), (q @ k.T * 0.25).softmax(dim=-1) @ v, 1e-6, "the tile after it")
 
 
+def test_attend_to_tile_in_half_precision() -> None:
+    """q, k and v in float16, the running values in float32; tl.dot wants both its sides alike."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = torch.randn(3, 16, 16, generator=generator).half()
+    running = RunningTile(q, 0.25)
+    running.take(k, v, torch.ones(16, 16))
+    out = running.acc / running.row_sum[:, None]
+    expected = (q.double() @ k.double().T * 0.25).softmax(dim=-1) @ v.double()
+    assert_close(out.cpu(), expected, 1e-3, "a tile of float16")
+
+
 # ------------------------------------------------------------------ the kernel
 
 
