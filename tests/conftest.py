@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from notebook_runs import NOTEBOOK_RUNS, NotebookRuns
 
 # Chooses the package under test: the reference, or a learner's workspace.
 pytest_plugins = ["course_plugin"]
@@ -42,3 +43,16 @@ def interpreter_on_new_numpy() -> None:
     except ImportError:
         # No Triton for this platform: the tests that need it skip themselves.
         pass
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Notebooks take minutes, mostly of another process: they begin at once, in the background."""
+    wanted = [item for item in session.items if item.name.startswith("test_runs[")]
+    files = [item.callspec.params["file"] for item in wanted if "test_notebooks" in item.nodeid]
+    if files and not session.config.option.collectonly:
+        session.config.stash[NOTEBOOK_RUNS] = NotebookRuns(files)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if NOTEBOOK_RUNS in session.config.stash:
+        session.config.stash[NOTEBOOK_RUNS].cancel()

@@ -182,7 +182,7 @@ def check(lab: Lab, workload: Workload, device: str, **changes: Any) -> LLMEngin
     return engine
 
 
-@pytest.mark.parametrize("most, overlap", [(210, False), (90, True)])
+@pytest.mark.parametrize("most, overlap", [(210, False), (40, True)])
 def test_any_workload(lab, most, overlap):
     """At least 200 random workloads, the same ones every time."""
     count = preempted = cached = failed = 0
