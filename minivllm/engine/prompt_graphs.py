@@ -1,7 +1,7 @@
 """CUDA graphs for short prompts, whose time to the first token would otherwise be Python's.
 
-A prompt of a hundred tokens keeps a large GPU busy for two milliseconds, and launching its kernels
-one by one takes six times as long. So steps of few tokens are recorded too, one graph for each of
+A large GPU is done with a prompt of a hundred tokens before Python has launched all its kernels
+one by one. So steps of few tokens are recorded too, one graph for each of
 some token counts; a step takes the smallest that holds its tokens, laid out as always:
 
     tokens      [ a a a a a | b b b | . . . . . . . . ]     16 places: two prompts and padding

@@ -28,9 +28,8 @@ def skinny_places(config: ModelConfig) -> int:
 
     Reading weights takes nearly all of such a step. With narrow layers a kernel is over so soon
     that the gaps between kernels count, and our chain has none; with wide ones cuBLAS reads faster
-    than ours from the second row on. Measured on an H200 with the shapes of 0.6B (1024 wide; 32
-    places 1.25 ms against 1.44) and 8B (4096 wide; 1 place 0.87 of the bandwidth, 32 places far
-    behind cuBLAS); where between them it turns is a guess.
+    than ours from the second row on. ``benchmarks/skinny.py`` measures the chain; where between
+    1024 wide (the shapes of 0.6B) and 4096 (8B) it turns has not been measured.
     """
     return 32 if config.hidden_size <= 1536 else 1
 
