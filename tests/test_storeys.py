@@ -37,6 +37,7 @@ STOREYS = {
     "minivllm.engine.prompt_graphs": 8,
     "minivllm.engine.step_message": 8,
     "minivllm.engine.fused_forward": 8,
+    "minivllm.engine.folded_forward": 8,
     "minivllm.engine.device_rows": 8,
     "minivllm.engine.step_kernels": 8,
     "minivllm.engine.fused_kernels": 8,

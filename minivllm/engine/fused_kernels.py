@@ -17,9 +17,12 @@ kind a head is decides where it goes, not who does it (4 query heads, 2 KV heads
 Arithmetic is float32. It is rounded where the PyTorch forms in ``layers`` round, so that both
 choose the same tokens: a norm is rounded before its weight multiplies it, SiLU before ``up`` does.
 
+A norm can also be left to those behind it (``norm_of``, see ``folded_forward.py``): the product was
+then taken of rows that are not normalised, and what reads its result scales each row of it.
+
 With ``pdl=True`` a kernel is launched while the one in front still runs (programmatic dependent
 launch, compute capability 9 or later). It loads what that one cannot have written (weights,
-positions, slots) and only then waits for it; it lets its own successor start at once.
+positions, slots, the stream) and only then waits for it; it lets its own successor start at once.
 """
 
 from __future__ import annotations
@@ -34,6 +37,14 @@ MANY_TOKENS = 64
 
 
 @triton.jit
+def inverse_rms_of(x_ptr, size, eps, BLOCK: tl.constexpr):
+    """1 / the root mean square of the ``size`` numbers at ``x_ptr``."""
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
+
+
+@triton.jit
 def qk_norm_rope_store_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -44,14 +55,18 @@ def qk_norm_rope_store_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    norm_of_ptr,
     qkv_stride,
     eps,
+    norm_size,
+    norm_eps,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,  # D / 2 rounded up to a power of two
     HEADS: tl.constexpr,
     NORM: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,  # the size of a row of norm_of, padded; 0 without one
     DEPENDENT: tl.constexpr,
 ):
     """Heads ``program_id(1)`` * HEADS and on of token ``program_id(0)``: rows [HEADS, D / 2]."""
@@ -74,6 +89,9 @@ def qk_norm_rope_store_kernel(
     cos = tl.load(table_ptr + position * D + cols, mask=inside)
     sin = tl.load(table_ptr + position * D + D // 2 + cols, mask=inside)
 
+    if NORM_BLOCK:
+        scale = inverse_rms_of(norm_of_ptr + token * norm_size, norm_size, norm_eps, NORM_BLOCK)
+
     if DEPENDENT:
         gdc_wait()
     mask = inside & (heads < H + 2 * G)
@@ -83,6 +101,11 @@ def qk_norm_rope_store_kernel(
     x_1 = raw_1.to(tl.float32)
     x_2 = raw_2.to(tl.float32)
     dtype = q_ptr.dtype.element_ty
+    if NORM_BLOCK:
+        x_1 *= scale
+        x_2 *= scale
+        raw_1 = x_1.to(dtype)
+        raw_2 = x_2.to(dtype)
     if NORM:
         squares = tl.sum(x_1 * x_1 + x_2 * x_2, axis=1)[:, None]
         inverse_rms = tl.rsqrt(squares / D + eps)
@@ -141,18 +164,34 @@ def norm_kernel(
 
 
 @triton.jit
-def silu_kernel(x_ptr, out_ptr, x_stride, size, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def silu_kernel(
+    x_ptr,
+    out_ptr,
+    norm_of_ptr,
+    x_stride,
+    size,
+    norm_size,
+    norm_eps,
+    BLOCK: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,  # as above
+    DEPENDENT: tl.constexpr,
+):
     """Columns ``program_id(1)`` * BLOCK and on of row ``program_id(0)``: silu(gate) * up."""
     if DEPENDENT:
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < size
+    if NORM_BLOCK:
+        scale = inverse_rms_of(norm_of_ptr + row * norm_size, norm_size, norm_eps, NORM_BLOCK)
     if DEPENDENT:
         gdc_wait()
     gate = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + size + cols, mask=mask, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
+    if NORM_BLOCK:
+        gate *= scale
+        up *= scale
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * size + cols, (silu * up).to(dtype), mask=mask)
 
@@ -171,6 +210,8 @@ def qk_norm_rope_store(
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
+    norm_of: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
     pdl: bool = False,
 ) -> torch.Tensor:
     """From the fused projection to rotated queries, with K and V in their slots: one launch.
@@ -187,8 +228,11 @@ def qk_norm_rope_store(
         slot_mapping: int64 [T], block * S + row; -1 is padding and is written nowhere.
         k_cache, v_cache: [N, S, G, D], contiguous, in the dtype of ``qkv``; written in place.
         num_heads, num_kv_heads, head_size: H, G, D.
-        pdl: launch before the kernel in front has ended. ``positions`` and ``slot_mapping`` are
-            read before waiting for it, so whoever wrote them must have ended before it began.
+        norm_of: [T, E], contiguous, if ``qkv`` is the projection of these rows themselves: each row
+            of ``qkv`` is then divided by the root mean square of its row here, with ``norm_eps``.
+        pdl: launch before the kernel in front has ended. ``positions``, ``slot_mapping`` and
+            ``norm_of`` are read before waiting for it, so whoever wrote them must have ended before
+            it began.
 
     Returns:
         q: [T, H, D], contiguous.
@@ -223,6 +267,8 @@ def qk_norm_rope_store(
             f"{v_cache.stride()}"
         )
     q = torch.empty(num_tokens, num_heads, head_size, dtype=qkv.dtype, device=qkv.device)
+    if norm_of is not None:
+        _check_norm_of(norm_of, qkv)
     if num_tokens == 0:
         return q
     block, warps = _heads_a_program(num_tokens, heads)
@@ -236,14 +282,18 @@ def qk_norm_rope_store(
         q,
         k_cache,
         v_cache,
+        norm_of,
         qkv.stride(0),
         eps,
+        0 if norm_of is None else norm_of.shape[1],
+        norm_eps,
         H=num_heads,
         G=num_kv_heads,
         D=head_size,
         HALF=triton.next_power_of_2(head_size // 2),
         HEADS=block,
         NORM=q_norm_weight is not None,
+        NORM_BLOCK=_norm_block(norm_of),
         DEPENDENT=pdl,
         num_warps=warps,
         **_launch(pdl),
@@ -288,13 +338,24 @@ def add_rms_norm(
     return out, total
 
 
-def silu_and_mul(x: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
+def silu_and_mul(
+    x: torch.Tensor,
+    *,
+    norm_of: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    pdl: bool = False,
+) -> torch.Tensor:
     """:func:`minivllm.layers.activation.silu_and_mul` in one launch.
 
-    x: [T, 2 * F], the gate in the first half. Returns [T, F], contiguous.
+    x: [T, 2 * F], the gate in the first half. norm_of: [T, E], contiguous, if ``x`` is the product
+    of these rows themselves: each row of ``x`` is then divided by the root mean square of its row
+    here, with ``norm_eps``. pdl: launch before the kernel in front has ended; whoever wrote
+    ``norm_of`` must have ended before that one began. Returns [T, F], contiguous.
     Raises ValueError if the rows have an odd length or do not lie in one piece.
     """
     _check_rows("x", x)
+    if norm_of is not None:
+        _check_norm_of(norm_of, x)
     rows, width = x.shape
     if width % 2:
         raise ValueError(f"x has rows of {width} numbers; gate and up need an even count")
@@ -305,9 +366,13 @@ def silu_and_mul(x: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
         silu_kernel[(rows, triton.cdiv(size, block))](
             x,
             out,
+            norm_of,
             x.stride(0),
             size,
+            0 if norm_of is None else norm_of.shape[1],
+            norm_eps,
             BLOCK=block,
+            NORM_BLOCK=_norm_block(norm_of),
             DEPENDENT=pdl,
             num_warps=max(block // 256, 1),
             **_launch(pdl),
@@ -361,6 +426,19 @@ def _launch(pdl: bool) -> dict[str, bool]:
     """PyTorch rounds every product, so products and sums are not to be fused into one rounding."""
     options = {"enable_fp_fusion": False}
     return {**options, "launch_pdl": True} if pdl else options
+
+
+def _norm_block(norm_of: torch.Tensor | None) -> int:
+    return 0 if norm_of is None else triton.next_power_of_2(norm_of.shape[1])
+
+
+def _check_norm_of(norm_of: torch.Tensor, x: torch.Tensor) -> None:
+    fits = norm_of.dim() == 2 and len(norm_of) == len(x) and norm_of.dtype == x.dtype
+    if not fits or not norm_of.is_contiguous():
+        raise ValueError(
+            f"norm_of is {norm_of.dtype} {tuple(norm_of.shape)}; beside {len(x)} rows of {x.dtype} "
+            "it must have as many, contiguous and of that dtype"
+        )
 
 
 def _check_rows(name: str, x: torch.Tensor) -> None:

@@ -67,10 +67,11 @@ def choose_forms(model: nn.Module, device: torch.device) -> StepForms:
         )
     # Here, for they import Triton, which has no wheel for every machine.
     from minivllm.engine import sampler_kernels, step_kernels
+    from minivllm.engine.folded_forward import FoldedForward, can_fold
     from minivllm.engine.fused_forward import FusedForward
 
     pdl = torch.cuda.get_device_capability(device) >= (9, 0)
-    fused = FusedForward(model, pdl=pdl)
+    fused = (FoldedForward if can_fold(model) else FusedForward)(model, pdl=pdl)
     skinny: dict[int, SkinnyForward] = {}
 
     def forward(runner: ModelRunner, batch: PagedBatch, cache: PagedKVCache) -> torch.Tensor:
