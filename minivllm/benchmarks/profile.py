@@ -13,7 +13,7 @@ from minivllm.llm import LLM
 # Which kernels count as what, by a part of their names; the first that fits.
 PARTS = {
     "attention": ("decode", "merge", "plan_kernel", "prefill", "flash", "attention"),
-    "sampling": ("sample", "argmax"),
+    "sampling": ("sample", "argmax", "best_of"),
     "norm, RoPE, activation": ("norm", "rope", "silu"),
     "rows": ("begin_step", "finish_step", "apply_updates"),
     "matrix products": ("gemm", "cutlass", "nvjet", "gemv", "matvec", "skinny", "splitK", "cublas"),
@@ -51,20 +51,27 @@ def profile_decode(llm: LLM, batch: int, context: int, steps: int = 30) -> dict[
 
 
 def summarise(spans: list[tuple[float, float, str]], steps: int) -> dict[str, Any]:
-    """spans: (start, end, name) in microseconds, ascending, of ``steps`` steps."""
+    """spans: (start, end, name) in microseconds, ascending, of ``steps`` steps.
+
+    Kernels overlap where one is launched while those before it run, and waits inside for their end.
+    So a kernel counts from the end of the one that ended before it, if it had begun by then.
+    """
     if not spans:
         return {}
     busy = 0.0
     end = spans[0][0]
-    parts: dict[str, float] = defaultdict(float)
-    kernels: dict[str, list[float]] = defaultdict(list)
-    for start, stop, name in spans:
-        # Kernels overlap where one is launched while its predecessor ends: count time once.
+    for start, stop, _ in spans:
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
-        parts[part_of(name)] += stop - start
-        kernels[name].append(stop - start)
     total = end - spans[0][0]
+    end = spans[0][0]
+    parts: dict[str, float] = defaultdict(float)
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for start, stop, name in sorted(spans, key=lambda span: span[1]):
+        added = stop - max(start, end)
+        end = stop
+        parts[part_of(name)] += added
+        kernels[name].append(added)
     gaps: dict[str, list[float]] = defaultdict(list)
     reached, before = spans[0][1], spans[0][2]
     for start, stop, name in spans[1:]:
