@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minivllm.attention import paged_torch
+from minivllm.attention import paged_torch, paged_torch_decode
 from minivllm.attention.naive import naive_attention
 from minivllm.attention.paged import (
     PADDING_SLOT,
@@ -21,12 +21,12 @@ from minivllm.attention.paged import (
     store_kv,
 )
 from minivllm.attention.paged_torch import (
-    DecodeGroup,
-    PrefillGroup,
     TorchAttention,
     TorchPagedAttention,
     bind_torch_attention,
 )
+from minivllm.attention.paged_torch_decode import DecodeGroup
+from minivllm.attention.paged_torch_prefill import PrefillGroup
 from minivllm.models.config import ModelConfig
 
 GARBAGE = 1e4
@@ -292,18 +292,29 @@ def num_shared(case: Case) -> int:
 @pytest.mark.parametrize("lens, shared", SHARED.values(), ids=SHARED)
 def test_shared_prefixes(monkeypatch, lens, shared, heads, spared):
     """spared: from how many tokens on it pays to treat a prefix apart."""
-    monkeypatch.setattr(paged_torch, "MIN_TOKENS_SPARED", spared)
+    monkeypatch.setattr(paged_torch_decode, "MIN_TOKENS_SPARED", spared)
     case = make_case(lens, shared=shared, heads=heads)
     assert num_shared(case) > 0
     assert_right(case, case.run())
 
 
 def test_prefixes_of_prefixes_are_shared_too(monkeypatch):
-    monkeypatch.setattr(paged_torch, "MIN_TOKENS_SPARED", 1)
+    monkeypatch.setattr(paged_torch_decode, "MIN_TOKENS_SPARED", 1)
     lens, shared = SHARED["a nested prefix"]
     case = make_case(lens, shared=shared)
     # All eight have 3 blocks in common; the first and four others have 4 blocks more.
     assert num_shared(case) == 2
+    assert_right(case, case.run())
+
+
+@pytest.mark.parametrize("spared, counts", [(48, [3, 4, 4]), (49, [7, 7]), (256, [7, 7])])
+def test_a_prefix_of_few_prefixes_is_read_by_each_of_them(monkeypatch, spared, counts):
+    """Two runs of eight rows, all of which begin with the same 3 blocks: 48 tokens."""
+    monkeypatch.setattr(paged_torch_decode, "MIN_TOKENS_SPARED", spared)
+    shared = {i: (0, 7) for i in range(1, 8)} | {8: (0, 3)} | {i: (8, 7) for i in range(9, 16)}
+    case = make_case([(1, 115 + i) for i in range(16)], shared=shared)
+    (group,) = make_groups(case)
+    assert sorted(each.count for each in group.shared) == counts
     assert_right(case, case.run())
 
 
@@ -350,7 +361,7 @@ def test_any_tree_of_prefixes(data, spared, gaps):
         shared[row] = other, data.draw(st.integers(0, min(blocks[row], blocks[other])))
     case = make_case(lens, shared=shared, gaps=gaps)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged_torch, "MIN_TOKENS_SPARED", spared)
+        patch.setattr(paged_torch_decode, "MIN_TOKENS_SPARED", spared)
         assert_right(case, case.run())
 
 

@@ -152,7 +152,7 @@ class RotaryEmbedding(nn.Module):
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """positions: [T]; q: [T, H, D]; k: [T, G, D]. Returns both turned to their positions."""
-        cos, sin = self.table[positions].chunk(2, dim=-1)
+        cos, sin = self.table.index_select(0, positions).chunk(2, dim=-1)
         # All heads turn alike; and starting an operation costs a CPU more than a few heads do.
         turned = apply_rope(torch.cat((q, k), dim=1), cos, sin)
         return turned[:, : q.shape[1]], turned[:, q.shape[1] :]
