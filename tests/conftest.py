@@ -1,12 +1,16 @@
 """Shared by all tests: the interpreter switch, small random checkpoints, the gpu marker."""
 
+import gc
 import os
 import sys
 from pathlib import Path
 
+import bytecode_cache  # noqa: F401
+
+# isort: split
 import pytest
 import torch
-from notebook_runs import NOTEBOOK_RUNS, NotebookRuns
+from background import BACKGROUND, Background
 
 # Chooses the package under test: the reference, or a learner's workspace.
 pytest_plugins = ["course_plugin"]
@@ -46,13 +50,18 @@ def interpreter_on_new_numpy() -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Notebooks take minutes, mostly of another process: they begin at once, in the background."""
-    wanted = [item for item in session.items if item.name.startswith("test_runs[")]
-    files = [item.callspec.params["file"] for item in wanted if "test_notebooks" in item.nodeid]
-    if files and not session.config.option.collectonly:
-        session.config.stash[NOTEBOOK_RUNS] = NotebookRuns(files)
+    """A module's ``begin`` starts what is better done beside the tests; see ``background``."""
+    # An engine that shuts down collects garbage, and need not search all that was imported here.
+    gc.freeze()
+    if session.config.option.collectonly:
+        return
+    background = session.config.stash[BACKGROUND] = Background()
+    for module in dict.fromkeys(getattr(item, "module", None) for item in session.items):
+        if hasattr(module, "begin"):
+            module.begin(session, background)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if NOTEBOOK_RUNS in session.config.stash:
-        session.config.stash[NOTEBOOK_RUNS].cancel()
+    gc.unfreeze()
+    if BACKGROUND in session.config.stash:
+        session.config.stash[BACKGROUND].cancel()

@@ -8,14 +8,15 @@ one warm process, see chapters/machine/gate_runner.py.
 import json
 import os
 import re
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from background import Background
 
 from chapters import ROOT
 from chapters.machine import imports, package, texts
@@ -204,6 +205,9 @@ class Outcomes(dict[str, Any]):
         return f"<outcomes of {len(self)} runs>"
 
 
+RUNS = pytest.StashKey["Future[Outcomes]"]()
+
+
 def selected_jobs(session: pytest.Session) -> list[str]:
     names = []
     for item in session.items:
@@ -212,14 +216,21 @@ def selected_jobs(session: pytest.Session) -> list[str]:
     return [name for name in JOBS if name in names]
 
 
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """What every job that this session selected came to."""
-    if not hasattr(os, "fork"):
-        pytest.skip("the gates fork their runs, which this system cannot")
-    scratch = tmp_path_factory.mktemp("gates")
+def begin(session: pytest.Session, background: Background) -> None:
+    """The runs take a minute or two of other processes: they begin before the first test."""
+    names = selected_jobs(session)
+    if names and hasattr(os, "fork"):
+        session.config.stash[RUNS] = background.submit(run_jobs, names, background)
+
+
+def run_jobs(names: list[str], background: Background) -> Outcomes:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        return run_jobs_in(Path(scratch), names, background)
+
+
+def run_jobs_in(scratch: Path, names: list[str], background: Background) -> Outcomes:
     jobs = {}
-    for index, name in enumerate(selected_jobs(request.session)):
+    for index, name in enumerate(names):
         job = JOBS[name]
         folder = scratch / f"package{index}"
         tests = job.tests()
@@ -231,17 +242,21 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     wanted.write_text(json.dumps(jobs), encoding="utf-8")
     # Runs go side by side: one thread each.
     env = {**environment(COURSE, ROOT, scratch), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    done = background.run(
         [sys.executable, "-m", "chapters.machine.gate_runner", str(wanted), str(results)],
         cwd=ROOT,
         env=env,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
     )
     assert results.exists(), f"the runs ended with code {done.returncode}:\n{done.stderr[-3000:]}"
     return Outcomes(json.loads(results.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    """What every job that this session selected came to."""
+    if RUNS not in request.config.stash:
+        pytest.skip("the gates fork their runs, which this system cannot")
+    return request.config.stash[RUNS].result()
 
 
 def ran(outcomes: Outcomes, job: str) -> list[dict[str, str]]:
