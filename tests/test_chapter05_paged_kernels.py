@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from minivllm.attention import paged_checks
 from minivllm.attention import paged_kernels as paged
 from minivllm.attention.flash_kernels import FlashTile
+from minivllm.attention.paged_split_kernels import sums_in_float64
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -155,6 +156,36 @@ def test_decode_equals_float64(num_heads, num_kv_heads, head_size, block_size, d
     split = paged.paged_decode(*arguments, scale=scale, out=poisoned(q))
     assert relative_error(split, expected) < limit
     assert (split[1] == 0).all()  # the padded row
+
+
+@pytest.mark.skipif(
+    not sums_in_float64(torch.float32, torch.device(DEVICE)), reason="slow in float64"
+)
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_decode_of_float32_adds_up_in_float64(what):
+    """1e8 + 1 - 1e8 is 0 in float32, in that order."""
+    pages = Pages([3], 16, 1, 16, torch.float32)
+    q = torch.zeros(1, 1, 16, device=DEVICE)
+    used = pages.tables[0, 0]
+    keys, values = (cache[used, :3, 0].zero_() for cache in (pages.k_cache, pages.v_cache))
+    if what == "keys":
+        q[0, 0, :3] = torch.tensor([1e4, 1, -1e4])
+        keys[1, :3] = torch.tensor([1e4, 1, 1e4])
+        values[1] = 1
+        expected = torch.tensor(1.0).exp() / (torch.tensor(1.0).exp() + 2)
+    else:
+        values[:, :] = torch.tensor([1e8, 1, -1e8])[:, None]
+        expected = torch.tensor(1 / 3)
+    out = paged.paged_decode(
+        q, pages.k_cache, pages.v_cache, pages.tables, pages.context_lens, scale=1.0
+    )
+    assert torch.allclose(out.cpu(), expected.expand(1, 1, 16), rtol=1e-6)
+
+
+def test_what_decode_adds_up_in_float64():
+    cpu = torch.device("cpu")
+    assert sums_in_float64(torch.float32, cpu)
+    assert not sums_in_float64(torch.float16, cpu) and not sums_in_float64(torch.bfloat16, cpu)
 
 
 @pytest.mark.parametrize(
@@ -561,3 +592,37 @@ def test_gpu_dependent_launches_wait_for_what_they_read(batch, wide):
             out.fill_(NAN)
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(steps, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decodes", [0, 3])
+def test_gpu_one_order_of_blocks_serves_all_layers(decodes):
+    """Also where most sequences of a recorded step are not there, or its first ones decode."""
+    query_lens = [1] * decodes + [1, 700, 0, 64, 300, *([0] * 200)]
+    lengths = [n + 77 if n else 0 for n in query_lens]
+    q_heads, scale = 16, 0.1
+    order = None
+    for _ in range(2):
+        pages = Pages(lengths, 64, 8, 128, torch.bfloat16)
+        q = pages.queries(query_lens, q_heads)
+        cu_query_lens = starts(query_lens)
+        arguments = (q, pages.k_cache, pages.v_cache)
+        if order is None:
+            order = paged.prefill_order(
+                *arguments,
+                cu_query_lens[decodes:],
+                pages.context_lens[decodes:],
+                max_query_len=1024,
+            )
+        out = paged.paged_attention(
+            *arguments,
+            pages.tables,
+            cu_query_lens,
+            pages.context_lens,
+            scale=scale,
+            max_query_len=len(q),
+            num_decodes=decodes,
+            order=order,
+            out=poisoned(q),
+        )
+        assert relative_error(out, pages.expected(q, query_lens, scale)) < 3e-3
