@@ -43,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from minivllm.benchmarks.attention import main as attention_main
 
             return attention_main(arguments[1:])
+        if arguments[:2] == ["bench", "tensor-parallel"]:
+            from minivllm.benchmarks.tensor_parallel import main as tensor_parallel_main
+
+            tensor_parallel_main(arguments[2:])
+            return 0
         options = parser.parse_args(arguments)
         options.run(options)
     except ValueError as error:
@@ -221,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve_sim(benches)
     for name, summary in ATTENTION_BENCHMARKS.items():
         benches.add_parser(name, help=summary)
+    benches.add_parser("tensor-parallel", help="one model on 1, 2, 4 ... GPUs")
     return parser
 
 

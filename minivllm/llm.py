@@ -36,6 +36,8 @@ class LLMEngine(llm_engine.LLMEngine):
             if self._ranks is not None:
                 owner.close()
             raise
+        if self._ranks is not None:
+            self._stats.ranks = self._ranks.stats
 
     def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The model, or this rank's share of it."""

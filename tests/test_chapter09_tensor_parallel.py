@@ -1,13 +1,12 @@
 """Chapter 9: a model shared out to ranks computes what one rank does.
 
-Most ranks here are threads of this process that speak through a list; a few are processes.
+Ranks here are threads of this process, see chapters/chapter09_tensor_parallelism/threads.py.
 """
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import pytest
 import torch
 from helpers import random_prompt, save_checkpoint, tiny_llama, tiny_qwen3
 
+from chapters.chapter09_tensor_parallelism.threads import Meeting, ThreadGroup, on_ranks
 from minivllm.distributed.channel import STEP, Link, Listener, connect
 from minivllm.distributed.group import Group
-from minivllm.distributed.launcher import Place
 from minivllm.distributed.loading import load_share, random_share
+from minivllm.distributed.meeting import Place
 from minivllm.distributed.parallel_layers import share_of, vocabulary_of
 from minivllm.distributed.runner import interrupts_later
 from minivllm.distributed.sampling import GatheringSampler, Vocabulary
@@ -30,65 +30,6 @@ from minivllm.models.generate import borrowed_attention
 from minivllm.models.loader import Checkpoint, checkpoint_sources, load_model, random_model
 
 FLOAT = {"dtype": torch.float32, "device": torch.device("cpu")}
-
-
-class Meeting:
-    """Where ``size`` threads exchange tensors."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.slots: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=20)
-        self.num_reductions = 0
-
-
-class ThreadGroup:
-    """A group of threads: the same calls as between processes, on one list."""
-
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self.meeting, self.rank, self.size = meeting, rank, meeting.size
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        meeting = self.meeting
-        meeting.slots[self.rank] = x.clone()
-        meeting.barrier.wait()
-        every = torch.stack(list(meeting.slots))
-        meeting.barrier.wait()
-        return every
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        if self.rank == 0:
-            self.meeting.num_reductions += 1
-        return x.copy_(self.all_gather(x).sum(dim=0))
-
-    def least(self, value: int) -> int:
-        return int(self.all_gather(torch.tensor(value)).min())
-
-
-def on_ranks(size: int, work: Callable[[Group], Any]) -> tuple[list[Any], Meeting]:
-    """What ``work`` gives on each of ``size`` ranks."""
-    meeting = Meeting(size)
-    results: list[Any] = [None] * size
-
-    def run(rank: int) -> None:
-        try:
-            with torch.inference_mode():
-                results[rank] = work(ThreadGroup(meeting, rank))
-        except BaseException as error:
-            results[rank] = error
-            meeting.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(
-            result, threading.BrokenBarrierError
-        ):
-            raise result
-    return results, meeting
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +45,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         "Llama": tiny_llama(**eight, tie_word_embeddings=False),
     }
-    return {name: save_checkpoint(model, base / name) for name, model in models.items()}
+    # One of them in several files.
+    return {
+        name: save_checkpoint(model, base / name, sharded=name == "8 KV heads")
+        for name, model in models.items()
+    }
 
 
 def whole_logits(
@@ -356,14 +301,15 @@ def test_the_chain_of_small_batches_lets_the_group_add_up(
     pytest.importorskip("triton")
     from minivllm.attention.paged import PagedKVCache
     from minivllm.attention.paged_triton import triton_runs_on
-    from minivllm.distributed import sharded_forms
+    from minivllm.distributed import exchange
     from minivllm.distributed.parallel_layers import shard_model
+    from minivllm.distributed.sharded_forms import SkinnyShard
     from minivllm.engine.skinny_forward import SkinnyForward
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not triton_runs_on(device):
         pytest.skip("Triton runs neither compiled nor interpreted here")
-    monkeypatch.setattr(sharded_forms, "MOST_BYTES_IN_PARTS", most_bytes)
+    monkeypatch.setattr(exchange, "MOST_BYTES_IN_PARTS", most_bytes)
     model = random_model(SMALL, dtype=torch.float32, device=device)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.mul_(20)
@@ -381,8 +327,8 @@ def test_the_chain_of_small_batches_lets_the_group_add_up(
     meeting = Meeting(1)
     group = ThreadGroup(meeting, 0)
     shard_model(model, SMALL, group)
-    forward = sharded_forms.SkinnyShard(model, cache, rows, reduce=group.all_reduce)
+    forward = SkinnyShard(model, cache, rows, exchange=exchange.Exchange(group))
     torch.testing.assert_close(forward(*step), expected, rtol=1e-5, atol=1e-5)
     assert meeting.num_reductions == 2 * SMALL.num_layers + 1
-    lost = sharded_forms.SkinnyShard(model, cache, rows, reduce=torch.Tensor.zero_)
-    assert not torch.allclose(lost(*step), expected, rtol=0.1)
+    monkeypatch.setattr(exchange.Exchange, "sum_parts", lambda self, parts: parts.zero_())
+    assert not torch.allclose(forward(*step), expected, rtol=0.1)

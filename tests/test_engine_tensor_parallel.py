@@ -19,8 +19,9 @@ from helpers import random_prompt, save_checkpoint, tiny_qwen3
 
 import minivllm
 from minivllm import LLM
-from minivllm.distributed.launcher import RankFailure
+from minivllm.distributed.ranks import RankFailure
 from minivllm.engine.sampling_params import SamplingParams
+from minivllm.models.loader import load_model
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,13 @@ def test_two_processes_answer_as_one_and_end_as_one(
         expected = answers(llm)
     with LLM(folders["8 KV heads"], tensor_parallel_size=2, **SETTINGS) as llm:
         assert answers(llm) == expected
+        ranks = llm.engine.stats.ranks
+        assert [rank.rank for rank in ranks] == [0, 1]
+        # Both halves of the matrices, and the norms on either side.
+        whole = sum(p.nbytes for p in load_model(folders["8 KV heads"]).parameters())
+        assert whole < sum(rank.weight_bytes for rank in ranks) < 1.2 * whole
+        assert all(rank.load_seconds > 0 and rank.peak_host_bytes > 2**20 for rank in ranks)
+        assert {rank.sums_by for rank in ranks} == {"collectives"}
         process = llm.engine._ranks._processes[1]
         # An interrupt of the user's ends what is running, and nothing else.
         timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))

@@ -45,6 +45,9 @@ class TorchGroup:
     """A :class:`Group` on a process group of PyTorch's that is registered nowhere.
 
     store: where the ranks find each other. local: all of them are on this host.
+
+    stop: int32 [1] in the host's memory, zero until the group has ended. Kernels that wait for
+    other ranks look at it.
     """
 
     def __init__(
@@ -53,6 +56,9 @@ class TorchGroup:
         self.rank = rank
         self.size = size
         self.device = device
+        self.local = local
+        self.store = store
+        self.stop = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         store = dist.PrefixStore("collectives", store)
         self._sum = dist.AllreduceOptions()
         self._gather = AllgatherOptions()
@@ -105,6 +111,7 @@ class TorchGroup:
 
         Graphs that hold collectives must be gone, or be of no more use to anybody.
         """
+        self.stop.fill_(1)
         backend, self.backend = self.backend, None
         if backend is not None:
             backend.abort()

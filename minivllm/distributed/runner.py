@@ -11,6 +11,7 @@ themselves never travel, for every rank knows them when a step ends.
 from __future__ import annotations
 
 import atexit
+import logging
 import signal
 import threading
 import weakref
@@ -22,6 +23,8 @@ from typing import Any, Protocol
 
 import torch
 
+from minivllm.distributed.exchange import Exchange
+from minivllm.distributed.one_shot import OneShot, most_rows
 from minivllm.distributed.sampling import GatheringSampler, Vocabulary
 from minivllm.distributed.sharded_forms import shard_forms
 from minivllm.engine.batches import HostSampling
@@ -29,11 +32,14 @@ from minivllm.engine.config import EngineConfig
 from minivllm.engine.graph_runner import GraphRunner, PendingTokens
 from minivllm.engine.model_runner import StepResult
 from minivllm.engine.scheduler import Step
+from minivllm.engine.step_forms import skinny_places
 from minivllm.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Crew(Protocol):
-    """The other ranks, as rank 0 sees them; see :class:`minivllm.distributed.launcher.Ranks`."""
+    """The other ranks, as rank 0 sees them; see :class:`minivllm.distributed.ranks.Ranks`."""
 
     def send_step(self, message: bytes) -> None: ...
 
@@ -82,6 +88,7 @@ class TensorParallelRunner(GraphRunner):
     ) -> None:
         self.vocabulary = vocabulary
         self.crew = crew
+        self.exchange: Exchange | None = None
         self._closed = False
         self._at_exit = partial(_close, weakref.ref(self))
         atexit.register(self._at_exit)
@@ -91,7 +98,32 @@ class TensorParallelRunner(GraphRunner):
         super()._reserve(config, max_model_len, dtype)
         self.vocab_size = self.vocabulary.size
         self.sampler = GatheringSampler(self.vocabulary)
-        self.forms = shard_forms(self.forms, self.device, self.vocabulary)
+        if self.device.type == "cuda":
+            self.exchange = self._connect(config, dtype)
+        self.forms = shard_forms(
+            self.forms, self.model, self.device, self.vocabulary, self.exchange
+        )
+
+    def _compile_ahead(self, dtype: torch.dtype) -> None:
+        """Nothing: if a rehearsal broke off on one rank, the others would wait for it forever."""
+
+    def _connect(self, config: EngineConfig, dtype: torch.dtype) -> Exchange:
+        """How this rank's kernels reach the others; decided here, by all ranks together."""
+        model, group = self.model_config, self.vocabulary.group
+        pdl = torch.cuda.get_device_capability(self.device) >= (9, 0)
+        rows = most_rows(group.size, model.hidden_size, dtype)
+        one_shot = OneShot.connect(
+            group,
+            width=model.hidden_size,
+            dtype=dtype,
+            most_rows=rows,
+            most_parts=skinny_places(model) * model.hidden_size,
+            most_sampled=config.max_num_seqs,
+            pdl=pdl,
+        )
+        exchange = one_shot or Exchange(group, pdl=pdl)
+        logger.info("rank %d of %d sums by %s", group.rank, group.size, exchange.name)
+        return exchange
 
     def _blocks_that_fit(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:
         """What fits on every rank: block tables are the same on all of them."""
@@ -133,6 +165,8 @@ class TensorParallelRunner(GraphRunner):
         # It may be that building it broke off anywhere.
         if hasattr(self, "prompts"):
             super().close()
+        if self.exchange is not None:
+            self.exchange.close()
         if self.crew is not None:
             self.crew.close()
 

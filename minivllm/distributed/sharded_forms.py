@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from minivllm.attention.paged import PagedBatch, PagedKVCache
+from minivllm.distributed.exchange import Exchange
+from minivllm.distributed.one_shot import OneShot
 from minivllm.distributed.sampling import Vocabulary
 from minivllm.engine.device_rows import StepInputs
+from minivllm.engine.fused_forward import AttendStored, FusedForward
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.skinny_forward import SkinnyForward, StepTables
 from minivllm.engine.step_forms import Draw, StepForms, decode_batch, skinny_places
@@ -16,12 +22,19 @@ from minivllm.engine.step_forms import Draw, StepForms, decode_batch, skinny_pla
 if TYPE_CHECKING:
     from minivllm.engine.skinny_gemv_kernels import Stream
 
-MOST_BYTES_IN_PARTS = 1 << 16
 
+def shard_forms(
+    forms: StepForms,
+    model: nn.Module,
+    device: torch.device,
+    vocabulary: Vocabulary,
+    exchange: Exchange | None,
+) -> StepForms:
+    """``forms`` with those parts of a step in which ranks have to speak to each other.
 
-def shard_forms(forms: StepForms, device: torch.device, vocabulary: Vocabulary) -> StepForms:
-    """``forms`` with those parts of a step in which ranks have to speak to each other."""
-    if device.type != "cuda":
+    model: this rank's share. exchange: how, on a GPU; None where layers do it themselves.
+    """
+    if exchange is None:
 
         def sample(logits: torch.Tensor, draw: Draw, tokens: torch.Tensor) -> None:
             vocabulary.sample(logits, draw, tokens, vocabulary.find_best)
@@ -30,7 +43,32 @@ def shard_forms(forms: StepForms, device: torch.device, vocabulary: Vocabulary) 
     # Here, for it imports Triton, which has no wheel for every machine.
     from minivllm.engine import sampler_kernels
 
+    fused = ShardedForward(model, exchange)
     skinny: dict[int, SkinnyShard] = {}
+
+    def forward(runner: ModelRunner, batch: PagedBatch, cache: PagedKVCache) -> torch.Tensor:
+        bound = runner.bind_attention(cache, batch, runner.scale)
+        attend = partial(bound.attend_stored, pdl=exchange.pdl)
+        return fused(batch.input_ids, batch.positions, batch.slot_mapping, cache, attend)
+
+    def decode(runner: ModelRunner, inputs: StepInputs, logits: torch.Tensor) -> None:
+        places = len(logits)
+        many = places > skinny_places(model.config)
+        if many or not SkinnyForward.fits(model.config, places, device):
+            hidden = forward(runner, decode_batch(inputs), runner.cache)
+            forms.head(model, hidden, logits)
+            return
+        if places not in skinny:
+            skinny[places] = SkinnyShard(
+                model, runner.cache, places, exchange=exchange, logits=logits
+            )
+        skinny[places](
+            inputs.input_ids,
+            inputs.positions,
+            inputs.slot_mapping,
+            inputs.block_tables,
+            inputs.context,
+        )
 
     def find_best(logits: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
         score = torch.empty(len(logits), dtype=torch.float32, device=device)
@@ -41,36 +79,86 @@ def shard_forms(forms: StepForms, device: torch.device, vocabulary: Vocabulary) 
         return score, token
 
     def sample_on_gpu(logits: torch.Tensor, draw: Draw, tokens: torch.Tensor) -> None:
-        vocabulary.sample(logits, draw, tokens, find_best)
+        if isinstance(exchange, OneShot):
+            exchange.best(*find_best(logits[:, : len(vocabulary.owned)], draw), tokens)
+        else:
+            vocabulary.sample(logits, draw, tokens, find_best)
 
-    def decode(runner: ModelRunner, inputs: StepInputs, logits: torch.Tensor) -> None:
-        places, model = len(logits), runner.model
-        many = places > skinny_places(model.config)
-        if many or not SkinnyForward.fits(model.config, places, device):
-            hidden = forms.forward(runner, decode_batch(inputs), runner.cache)
-            forms.head(model, hidden, logits)
-            return
-        if places not in skinny:
-            skinny[places] = SkinnyShard(
-                model,
-                runner.cache,
-                places,
-                reduce=vocabulary.group.all_reduce,
-                logits=logits,
+    return replace(forms, forward=forward, sample=sample_on_gpu, decode=decode)
+
+
+class ShardedForward(FusedForward):
+    """:class:`FusedForward` on one rank's share of a model: what is summed, is normalised at once.
+
+    A layer, in as many launches as there, where the ranks share memory:
+
+        qkv | q/k-norm + RoPE + store of K, V | attention | o | sum over the ranks + add + norm |
+        gate and up | SiLU-and-mul | down | sum over the ranks + add + norm
+    """
+
+    def __init__(self, model: nn.Module, exchange: Exchange) -> None:
+        super().__init__(model, pdl=exchange.pdl)
+        self.exchange = exchange
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        cache: PagedKVCache,
+        attend: AttendStored,
+    ) -> torch.Tensor:
+        """See :class:`FusedForward`; every rank gets the same hidden states [T, E]."""
+        kernels, exchange, pdl = self.kernels, self.exchange, self.pdl
+        decoder = self.model.model
+        layers = list(decoder.layers)
+        # The norm in front of each layer belongs to the sum behind the one before.
+        norms = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
+        first = layers[0].input_layernorm
+        x, residual = exchange.embed(decoder.embed_tokens, input_ids, first)
+        for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
+            attention, mlp = layer.self_attn, layer.mlp
+            q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+            qkv = attention.qkv_proj
+            q = kernels.qk_norm_rope_store(
+                qkv(x),
+                None if q_norm is None else q_norm.weight,
+                None if k_norm is None else k_norm.weight,
+                0.0 if q_norm is None else q_norm.eps,
+                decoder.rotary.table,
+                positions,
+                slot_mapping,
+                cache.k[index],
+                cache.v[index],
+                num_heads=qkv.num_heads,
+                num_kv_heads=qkv.num_kv_heads,
+                head_size=qkv.head_size,
+                pdl=pdl,
             )
-        skinny[places](
-            inputs.input_ids,
-            inputs.positions,
-            inputs.slot_mapping,
-            inputs.block_tables,
-            inputs.context,
-        )
-
-    return replace(forms, sample=sample_on_gpu, decode=decode)
+            x = exchange.summand(attention.o_proj, attend(index, q).flatten(1))
+            x, residual = exchange.add_norm(x, residual, layer.post_attention_layernorm)
+            x = kernels.silu_and_mul(mlp.gate_up_proj(x), pdl=pdl)
+            x, residual = exchange.add_norm(exchange.summand(mlp.down_proj, x), residual, next_norm)
+        return x
 
 
 class SkinnyShard(SkinnyForward):
     """The chain of small batches on one rank, which embeds tokens with the others' help."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: PagedKVCache,
+        rows: int,
+        *,
+        exchange: Exchange,
+        logits: torch.Tensor | None = None,
+    ) -> None:
+        """See :class:`SkinnyForward`; logits are those of this rank's tokens."""
+        super().__init__(model, cache, rows, logits=logits)
+        self.exchange = exchange
+        # The chain reads an embedding at ids: here one of P vectors, in their order.
+        self.places = torch.arange(rows, device=cache.k.device)
 
     def __call__(
         self,
@@ -85,19 +173,12 @@ class SkinnyShard(SkinnyForward):
 
         tables = StepTables(positions, slot_mapping, block_tables, context)
         self._check(input_ids, tables)
-        # The chain reads an embedding at ids: here one of P vectors, in their order.
-        vectors = self.model.model.embed_tokens(input_ids)
-        places = torch.arange(self.rows, device=input_ids.device)
         run = self._one_row if self.rows == 1 else self._more_rows
         with torch.inference_mode():
-            return run(Stream(vectors, places), tables)
+            vectors, _ = self.exchange.embed(self.model.model.embed_tokens, input_ids, None)
+            return run(Stream(vectors, self.places), tables)
 
     def _stream(self, stream: Stream, total: torch.Tensor, parts: torch.Tensor) -> Stream:
         from minivllm.engine.skinny_gemv_kernels import Stream
 
-        # The kernel behind adds up parts in any case. Few bytes travel as fast as fewer, so a
-        # kernel that added them up here would only cost its launch.
-        if parts.nbytes > MOST_BYTES_IN_PARTS:
-            parts = parts.sum(dim=0)[None]
-        assert self.reduce is not None
-        return Stream(total, stream.ids, self.reduce(parts))
+        return Stream(total, stream.ids, self.exchange.sum_parts(parts))

@@ -12,8 +12,9 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from minivllm.distributed.channel import (
     write_json,
 )
 from minivllm.distributed.group import MEETING_TIMEOUT, CollectiveError, Group, TorchGroup
+from minivllm.distributed.host_memory import peak_host_bytes
 from minivllm.distributed.loading import load_share, random_share
 from minivllm.distributed.parallel_layers import share_of, vocabulary_of
 from minivllm.distributed.runner import Crew, TensorParallelRunner
 from minivllm.distributed.sampling import Vocabulary
 from minivllm.engine.config import EngineConfig
+from minivllm.engine.outputs import RankStats
 from minivllm.engine.step_message import StepMessage
 from minivllm.models.config import DTYPES, ModelConfig
 
@@ -91,6 +94,19 @@ class Job:
         )
 
 
+def stats_of(runner: TensorParallelRunner, load_seconds: float) -> RankStats:
+    """What this rank has taken so far."""
+    weights = {parameter.data_ptr(): parameter for parameter in runner.model.parameters()}
+    exchange = runner.exchange
+    return RankStats(
+        rank=runner.vocabulary.group.rank,
+        load_seconds=load_seconds,
+        peak_host_bytes=peak_host_bytes(),
+        weight_bytes=sum(parameter.nbytes for parameter in weights.values()),
+        sums_by="collectives" if exchange is None else exchange.name,
+    )
+
+
 class Orders:
     """What rank 0 says, read by a thread of its own.
 
@@ -136,10 +152,13 @@ def serve(
             # This process has no other business: what asks for "the" device means this one.
             torch.cuda.set_device(device)
         group = TorchGroup(store, rank, size, device, local=local)
+        began = time.perf_counter()
         model = job.load(group, device)
+        seconds = time.perf_counter() - began
         link.send(READY, write_json({"stage": "loaded"}))
         runner = job.make_runner(model, group, device)
-        link.send(READY, write_json({"stage": "built"}))
+        stats = asdict(stats_of(runner, seconds))
+        link.send(READY, write_json({"stage": "built", "stats": stats}))
         while True:
             kind, payload = orders.queue.get()
             if kind == QUIT:

@@ -67,6 +67,22 @@ class RequestOutput:
     metrics: RequestMetrics
 
 
+@dataclass(frozen=True)
+class RankStats:
+    """What one of several ranks took to be ready.
+
+    load_seconds: to fill its share of the weights. peak_host_bytes: the most that its process held
+    in the host's memory (None where nobody counts). weight_bytes: of its share. sums_by: how its
+    decode steps reach the other ranks, "one-shot" or "collectives".
+    """
+
+    rank: int
+    load_seconds: float
+    peak_host_bytes: int | None
+    weight_bytes: int
+    sums_by: str
+
+
 @dataclass
 class EngineStats:
     """What an engine has done since it started; times in seconds.
@@ -74,6 +90,7 @@ class EngineStats:
     A step that runs prompts and decodes together shares its time between both by tokens.
     host_seconds: the host's own work, that is, all but waiting for the device. (Without overlap
     the time of the step itself is in it, since launching and waiting cannot be told apart.)
+    ranks: one entry for each, where several share the model.
     """
 
     num_steps: int = 0
@@ -89,6 +106,7 @@ class EngineStats:
     peak_kv_blocks: int = 0
     finished_requests: int = 0
     finish_reasons: dict[str, int] = field(default_factory=dict)
+    ranks: list[RankStats] = field(default_factory=list)
 
     @property
     def prefill_rate(self) -> float:

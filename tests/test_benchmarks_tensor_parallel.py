@@ -1,0 +1,99 @@
+"""``benchmarks/tensor_parallel.py`` without its engines: stages, what is taken over, and notes."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minivllm.benchmarks import tensor_parallel
+from minivllm.benchmarks.shapes import shape_folder
+from minivllm.benchmarks.tensor_parallel import Stage, least_ms, notes_of, run_stages
+from minivllm.models.config import ModelConfig
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module that writes its first argument to the file of its second, and can take its time."""
+    (tmp_path / "stage_of_a_test.py").write_text(
+        "import sys, time\n"
+        "time.sleep(float(sys.argv[3]))\n"
+        "open(sys.argv[2], 'w').write(sys.argv[1])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "stage_of_a_test"
+
+
+def test_stages_are_saved_one_by_one_and_stopped_at_their_limit(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[Any] = []
+    saved: list[int] = []
+    stages = []
+    for place, seconds in enumerate((0.0, 60.0, 0.0)):
+        output = tmp_path / f"{place}.json"
+        command = [module, json.dumps({"place": place}), str(output), str(seconds)]
+        stages.append(Stage(f"stage {place}", command, 1, taken.append, output))
+    run_stages(stages, beside=False, limit=3.0, save=lambda: saved.append(len(taken)))
+    assert taken == [{"place": 0}, None, {"place": 2}]
+    assert saved == [1, 2, 3]
+    assert "stage 1: FAILED" in capsys.readouterr().out
+
+
+def facts(**ms: float) -> dict[str, Any]:
+    return {
+        "ready_seconds": 1.0,
+        "stats_of_ranks": [],
+        "greedy": [[1, 2]],
+        "throughput": {"requests": 2, "output_tokens_per_s": 10.0},
+        **{
+            batch.removeprefix("b"): {
+                "ms_per_token": value,
+                "tokens_per_s": 1.0,
+                "limit_ms": 1.0,
+            }
+            for batch, value in ms.items()
+        },
+    }
+
+
+def test_few_sequences_that_take_longer_than_many_are_noted() -> None:
+    assert notes_of({"1": facts(b1=4.0, b32=5.0), "2": facts(b1=2.0, b32=1.9)}) == []
+    (note,) = notes_of({"1": facts(b1=45.0, b32=18.6), "2": facts(b1=10.0, b32=11.0)})
+    assert note.startswith("1 ranks: a token of batch 1 takes 45.00 ms, of batch 32 18.60")
+
+
+def test_a_report_that_was_cut_short_is_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a further stage, the machine and the date stay those of the run that measured."""
+    file, output = tmp_path / "cut.json", tmp_path / "whole.json"
+    part = {"model": "Qwen3-8B", "ranks": {"2": facts(b1=2.0), "1": facts(b1=4.0)}, "checks": {}}
+    cut = {
+        **{"device": "a GPU", "versions": {}, "date": "then", "command": "that"},
+        **{"beside": True, "copy_bytes_per_s": 4e12, **part, "others": {}, "exchange": {"2": {}}},
+        "float32": {"answers": {"1": {"8": [[1]]}, "2": {"8": [[2]]}}},
+    }
+    file.write_text(json.dumps(cut))
+    arguments = ["--ranks", "1", "2", "--resume", str(file), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(ValueError, match="name it with --resume"):
+        tensor_parallel.main(["--finish"])
+    tensor_parallel.main([*arguments, "--finish"])
+    whole = json.loads(output.read_text())
+    assert (whole["device"], whole["date"], whole["command"]) == ("a GPU", "then", "that")
+    assert list(whole["ranks"]) == ["1", "2"]
+    assert whole["ranks"]["2"]["same_tokens_as_first"] == 1.0
+    assert whole["float32"]["equal"] == {"1": {"8": True}, "2": {"8": False}}
+    assert whole["runs"] == [{"date": "then", "command": "that", "device": "a GPU"}]
+
+
+def test_the_limit_halves_with_twice_the_ranks() -> None:
+    config = ModelConfig.from_folder(shape_folder("Qwen3-8B"))
+    device = torch.device("cuda")
+    one, two = (least_ms(config, 1, 96, ranks, 4.28e12, device) for ranks in (1, 2))
+    assert one == pytest.approx(2 * two, rel=1e-6)
+    # 7.57 thousand million weights of 2 bytes, and a little cache, at that rate.
+    assert one == pytest.approx(3.54, rel=0.01)
