@@ -1,13 +1,23 @@
 """``bench throughput`` and ``latency`` on a small model: reports, pictures, and --help."""
 
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 from benchmark_helpers import read_report, small_model, texts_of
+from helpers import random_prompt
 
 from minivllm.benchmarks import throughput
 from minivllm.benchmarks.memory import peak_host_bytes
 from minivllm.benchmarks.svg import Bar, Line, bar_chart, line_charts
 from minivllm.benchmarks.throughput import draw
+from minivllm.benchmarks.workload import float32_logits
 from minivllm.cli import main
+from minivllm.models.generate import borrowed_attention
+from minivllm.models.loader import load_model
 
 SMALL = ["--device", "cpu", "--max-num-seqs", "4", "--num-kv-blocks", "64"]
 FIGURES = {"copy_bytes_per_s": 1e10, "matmul_flop_per_s": 1e11}
@@ -76,7 +86,25 @@ def test_latency_has_its_report(model, tmp_path, capsys):
     assert set(report["batches"]) == {"1", "3"} and report["check"]["agrees"]
     for facts in report["batches"].values():
         assert 0 < facts["between_tokens_ms"]["p50"] <= facts["between_tokens_ms"]["p99"]
+        expected = report["weights"]["ms"] / facts["between_tokens_ms"]["p50"]
+        assert 0 < facts["step_share_of_weight_limit"] == pytest.approx(expected)
+    weights = report["weights"]
+    assert weights["ms"] == pytest.approx(1e3 * weights["bytes"] / weights["copy_bytes_per_s"])
     assert "first token" in capsys.readouterr().out
+
+
+def test_the_plain_model_in_float32_a_layer_at_a_time(model):
+    plain = load_model(Path(model), dtype=torch.bfloat16)
+    config = plain.config
+    whole = type(plain)(config, dtype=torch.float32)
+    whole.load_state_dict(plain.state_dict())
+    ids = torch.tensor(random_prompt(23, seed=1))
+    positions = torch.arange(23)
+    with torch.inference_mode():
+        hidden = whole(ids, positions, borrowed_attention(config.head_size**-0.5))
+        expected = whole.compute_logits(hidden)
+    torch.testing.assert_close(float32_logits(plain, ids, positions, 5), expected[5:])
+    assert all(parameter.dtype == torch.bfloat16 for parameter in plain.parameters())
 
 
 @pytest.mark.parametrize("command", ["ladder", "serve-sim", "throughput", "latency"])
@@ -96,14 +124,24 @@ def test_mistakes_are_told_in_one_line(flag, capsys):
 
 
 def test_peak_memory_never_falls():
-    before = peak_host_bytes()
-    if before is None:
+    if peak_host_bytes() is None:
         pytest.skip("nobody counts it here")
-    block = bytearray(before + 2**24)
-    block[:: 2**12] = b"x" * len(block[:: 2**12])
-    assert peak_host_bytes() > before
-    del block
-    assert peak_host_bytes() > before
+    # In a small process: to pass the peak of this one, the block would take gigabytes.
+    source = inspect.getsourcefile(peak_host_bytes)
+    program = f"""
+from runpy import run_path
+peak = run_path({source!r})["peak_host_bytes"]
+before = peak()
+block = b"x" * (before + 2**24)
+with_block = peak()
+del block
+print(before, with_block, peak())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    before, with_block, after = map(int, done.stdout.split())
+    assert 0 < before < 2**28
+    # The kernel counts to within some pages.
+    assert before + 2**23 < min(with_block, after)
 
 
 def test_a_logarithmic_axis_has_a_line_for_each_power_of_ten():

@@ -374,7 +374,7 @@ def test_order_of_blocks_is_longest_first(paged) -> None:
     lengths = torch.tensor(query_lens) + torch.tensor(contexts)
     order = torch.full((1 + 14, 2), -1, dtype=torch.int32, device=DEVICE)
     order_kernels.order_blocks_kernel[(7, 5)](
-        order, cu_query_lens, lengths.to(DEVICE, torch.int32), 5, M=16, BLOCK_B=8, PAGED=paged
+        order, cu_query_lens, lengths.to(DEVICE, torch.int32), 5, M=16, BLOCK_B=2, PAGED=paged
     )
     count = int(order[0, 0])
     blocks = [tuple(row) for row in order[1 : 1 + count].tolist()]

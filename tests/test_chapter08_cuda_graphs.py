@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from helpers import random_prompt, save_checkpoint, tiny_qwen3
 
 from chapters.chapter08_cuda_graphs import toy
 from chapters.chapter08_cuda_graphs.tape import TapeRecorder
+from minivllm.attention.paged import PagedBatch
 from minivllm.engine.batches import HostBatch, HostSampling, TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.config import EngineConfig
@@ -85,7 +87,7 @@ def test_begin_step_finds_token_position_and_slot():
 
 def test_begin_step_brings_what_the_sampler_needs():
     out = begun([2, 0])
-    assert out.step.tolist() == [1, 1]
+    assert out.step.tolist() == [1, 1], "step counts the tokens that a row has generated"
     assert out.seed.tolist() == [68, 70]
     assert out.temperature.tolist() == [1.0, 0.0]
 
@@ -108,9 +110,8 @@ def test_padding_is_a_step_of_nobody():
     out = begun([1, -1, 0, -1])
     assert out.slot_mapping.tolist() == [33, -1, 15, -1], "slot -1 is written nowhere"
     assert out.context.tolist() == [18, 0, 16, 0]
-    for name in ("input_ids", "positions", "step", "seed"):
-        assert getattr(out, name)[[1, 3]].tolist() == [0, 0], name
-    assert out.temperature[[1, 3]].tolist() == [0.0, 0.0]
+    for name in ("input_ids", "positions", "step", "seed", "temperature"):
+        assert getattr(out, name)[[1, 3]].tolist() == [0, 0], f"padding has {name} 0"
 
 
 def test_begin_step_writes_into_memory_that_stays():
@@ -190,7 +191,8 @@ def running(
 def told(updates: RowUpdates, rows: DeviceRows | None = None) -> DeviceRows:
     """The rows after these changes."""
     rows = rows or DeviceRows.allocate(updates.max_num_seqs, updates.max_blocks, "cpu")
-    apply_updates(rows.flat, updates.pairs())
+    pairs = torch.tensor(list(updates.words.items()), dtype=torch.int32)
+    apply_updates(rows.flat, pairs.view(-1, 2))
     return rows
 
 
@@ -209,7 +211,7 @@ def test_enter_tells_the_device_everything():
 def test_a_greedy_sequence_has_temperature_0():
     table, updates = RowTable(1), RowUpdates(1, 4)
     row = table.enter(running("ann", 15, [0], temperature=1e-9), updates)
-    assert told(updates).temperature[row] == 0.0
+    assert told(updates).temperature[row] == 0.0, "who is params.greedy has temperature 0"
 
 
 def test_everybody_has_a_row_of_their_own():
@@ -249,7 +251,8 @@ def test_follow_tells_of_exchanged_blocks():
     seq.exchanged.append(1)
     later = RowUpdates(2, 4)
     table.follow([seq], later)
-    assert told(later, rows).block_tables[row].tolist()[:3] == [0, 7, 2]
+    entries = told(later, rows).block_tables[row].tolist()[:3]
+    assert entries == [0, 7, 2], "entry 1 now holds block 7: seq.exchanged says so"
     assert seq.exchanged == [] and len(later.words) == 1
 
 
@@ -297,11 +300,12 @@ def test_a_sequence_that_came_back_between_two_steps_is_stale():
 
 
 def test_ladder_sizes():
-    assert ladder_sizes(4) == [1, 2, 4]
+    assert ladder_sizes(4) == [1, 2, 4], "up to 4"
     assert ladder_sizes(40) == [1, 2, 4, 8, 16, 24, 32, 40]
     assert ladder_sizes(20) == [1, 2, 4, 8, 16, 20], "the largest batch has a graph of its own"
     assert len(ladder_sizes(256)) == 35 and ladder_sizes(256)[-2:] == [248, 256]
-    assert ladder_sizes(512)[-9:] == [256, 288, 320, 352, 384, 416, 448, 480, 512]
+    above = [256, 288, 320, 352, 384, 416, 448, 480, 512]
+    assert ladder_sizes(512)[-9:] == above, "beyond 256 every 32"
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 8, 9, 100, 257, 300])
@@ -347,7 +351,7 @@ def test_the_largest_is_recorded_first():
     ladder = GraphLadder([1, 2, 4, 8], notes.work, notes)
     ladder.record()
     assert notes.recorded == [8, 4, 2, 1]
-    assert ladder.seconds > 0
+    assert ladder.seconds > 0, "record notes how long it took, in self.seconds"
 
 
 def test_replay_runs_the_graph_and_not_the_work():
@@ -417,33 +421,66 @@ def test_prompt_graphs_lay_out_a_step_and_pad_it():
             work()
             return work
 
-    graphs = PromptGraphs(
-        work, RunOnce(), max_blocks=2, vocab_size=5, dtype=torch.float32, device=CPU
-    )
+    graphs = prompt_graphs(work, RunOnce())
     graphs.ladder.record()
     assert [len(step["ids"]) for step in seen] == sorted(TOKENS, reverse=True)
     assert all(set(step["slots"]) == {-1} for step in seen), "warm-up writes nowhere"
+    assert all(set(step["ids"] + step["positions"] + step["last"]) == {0} for step in seen)
     batch = HostBatch(
         [7, 8, 9, 5, 6], [0, 1, 2, 0, 1], [0, 1, 2, 16, 17], [3, 2], [3, 2], [[0], [1]]
     )
+    assert graphs.load(batch, [2, 4]).tolist() == [7, 8, 9, 5, 6]
     logits = graphs.replay(batch, [2, 4])
     assert logits[:, 0].tolist() == [9, 6]
     step = seen[-1]
     assert step["ids"] == [7, 8, 9, 5, 6] + [0] * 11
     assert step["slots"] == [0, 1, 2, 16, 17] + [-1] * 11
-    assert step["boundaries"] == [0, 3, 5] + [5] * (SEQUENCES - 2)
-    assert step["context"] == [3, 2] + [0] * (SEQUENCES - 2)
+    assert step["boundaries"] == [0, 3, 5] + [5] * (16 - 2), "no more sequences than tokens"
+    assert step["context"] == [3, 2] + [0] * (16 - 2)
     assert step["tables"][:2] == [[0, 0], [1, 0]]
-    graphs.replay(batch._replace(input_ids=[1], positions=[0], slots=[3], query_lens=[1]), [0])
+    one = HostBatch([1], [0], [3], [1], [1], [[0]])
+    graphs.load(one, [0])
+    graphs.replay(one, [0])
     assert seen[-1]["slots"] == [3] + [-1] * 15, "the step before this one left a slot behind"
+    tokens = list(range(20))
+    larger = HostBatch(tokens, tokens, tokens, [20], [20], [[1, 0]])
+    graphs.load(larger, [19])[3] = 77  # a token that only the device knows
+    assert graphs.replay(larger, [19])[:, 0].tolist() == [19]
+    assert seen[-1]["ids"] == [0, 1, 2, 77, *tokens[4:], 0, 0, 0, 0]
+    assert seen[-1]["positions"] == [*tokens, 0, 0, 0, 0]
+    assert seen[-1]["slots"] == [*tokens, -1, -1, -1, -1]
+    assert seen[-1]["tables"][0] == [1, 0] and seen[-1]["last"][0] == 19
+
+
+def prompt_graphs(work=None, recorder=None, **most: int) -> PromptGraphs:
+    return PromptGraphs(
+        work or (lambda *_: None),
+        recorder or NoRecorder(),
+        **({"max_tokens": 10_000, "max_seqs": 1000} | most),
+        max_blocks=2,
+        vocab_size=5,
+        dtype=torch.float32,
+        device=CPU,
+    )
 
 
 def test_which_steps_have_a_graph_of_prompts():
-    def fits(count: int, sequences: int) -> bool:
-        return PromptGraphs.fits(HostBatch([0] * count, [], [], [1] * sequences, [], []))
+    def fits(graphs: PromptGraphs, count: int, sequences: int) -> bool:
+        return graphs.fits(HostBatch([0] * count, [], [], [1] * sequences, [], []))
 
-    assert fits(TOKENS[-1], SEQUENCES)
-    assert not fits(TOKENS[-1] + 1, 1) and not fits(20, SEQUENCES + 1)
+    graphs = prompt_graphs()
+    assert fits(graphs, TOKENS[-1], SEQUENCES)
+    assert not fits(graphs, TOKENS[-1] + 1, 1) and not fits(graphs, 20, SEQUENCES + 1)
+    small = prompt_graphs(max_tokens=100, max_seqs=3)
+    assert small.ladder.sizes == [16, 24, 32, 48, 64, 96, 128]
+    assert fits(small, 100, 3) and not fits(small, 100, 4)
+
+
+def test_padding_of_a_step_with_prompts_is_a_third_at_most():
+    sizes = prompt_graphs().ladder.sizes
+    assert all(size - (less + 1) < size / 3 for less, size in pairwise(sizes))
+    # The kernels that read them ask for 16 bytes at a time: two of these numbers.
+    assert all(size % 2 == 0 for size in sizes)
 
 
 # ---------------------------------------------------------------------------- a step as a message
@@ -583,6 +620,58 @@ def test_graph_runner_gives_the_tokens_of_the_plain_runner(model, settings, late
     plain, _ = serve(make_runner(ModelRunner, model), MIX, late=False, **settings)
     ours, _ = serve(make_runner(GraphRunner, model), MIX, late=late, **settings)
     check_same(ours, plain)
+
+
+def give_prompts_graphs(runner: GraphRunner, max_tokens: int) -> list[int]:
+    """Run steps with prompts on memory that stays, as a GPU does; returns their sizes as they run.
+
+    PyTorch's attention loops over lengths on the host, which a graph has none of: they are read
+    from the memory of the step.
+    """
+    sizes: list[int] = []
+
+    def work(batch, last, logits):
+        sizes.append(len(batch.input_ids))
+        query_lens = [n for n in batch.cu_query_lens.diff().tolist() if n]
+        tokens, count = sum(query_lens), len(query_lens)
+        assert (batch.slot_mapping[tokens:] == -1).all()
+        if count:
+            real = PagedBatch(
+                input_ids=batch.input_ids[:tokens],
+                positions=batch.positions[:tokens],
+                slot_mapping=batch.slot_mapping[:tokens],
+                cu_query_lens=batch.cu_query_lens[: count + 1],
+                context=batch.context[:count],
+                block_tables=batch.block_tables[:count],
+                query_lens=tuple(query_lens),
+                context_lens=tuple(batch.context[:count].tolist()),
+            )
+            runner._prompt(real, last, logits)
+
+    runner.prompts = PromptGraphs(
+        work,
+        NoRecorder(),
+        max_tokens=max_tokens,
+        max_seqs=6,
+        max_blocks=runner.rows.block_tables.shape[1],
+        vocab_size=runner.logits.shape[1],
+        dtype=runner.logits.dtype,
+        device=CPU,
+    )
+    runner.prompts.ladder.record()
+    return sizes
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in turn", "a step late"])
+@pytest.mark.parametrize("policy", ["prefill_first", "mixed"])
+def test_steps_with_prompts_may_be_recorded(model, policy, late):
+    """Decodes beside prompts, too, whose newest tokens only the device knows."""
+    plain, _ = serve(make_runner(ModelRunner, model), MIX, late=False, policy=policy)
+    runner = make_runner(GraphRunner, model)
+    sizes = give_prompts_graphs(runner, 64)
+    ours, _ = serve(runner, MIX, late=late, policy=policy)
+    check_same(ours, plain)
+    assert 64 in sizes and set(sizes) <= {16, 24, 32, 48, 64}
 
 
 def test_graph_runner_after_preemptions(model):

@@ -113,23 +113,14 @@ def test_updates_say_what_a_row_holds(seed: int) -> None:
         1, last_token=311, length=18, num_outputs=4, seed=seed, temperature=0.6, blocks=[7, 4]
     )
     updates.set_blocks(1, 1, [8, 9])  # the later of two changes of one word is sent
-    device_rows.apply_updates(rows.flat, updates.pairs())
+    pairs = torch.tensor(list(updates.words.items()), dtype=torch.int32)
+    device_rows.apply_updates(rows.flat, pairs)
     assert rows.last_token.tolist() == [0, 311, 0]
     assert rows.length.tolist() == [0, 18, 0]
     assert rows.num_outputs.tolist() == [0, 4, 0]
     assert rows.seed.tolist() == [0, (seed + 2**63) % 2**64 - 2**63, 0]
     assert torch.equal(rows.temperature, torch.tensor([0.0, 0.6, 0.0]))
     assert rows.block_tables.tolist() == [[0] * 5, [7, 8, 9, 0, 0], [0] * 5]
-
-
-def test_updates_go_into_a_buffer_that_stays() -> None:
-    updates = RowUpdates(2, 4)
-    updates.set_blocks(0, 2, [5, 6])
-    buffer = torch.full((3, 2), -1, dtype=torch.int32)
-    assert updates.pairs(buffer).tolist() == [[14, 5], [15, 6]]
-    assert buffer.tolist() == [[14, 5], [15, 6], [-1, -1]]
-    with pytest.raises(ValueError, match="out has 1 rows for 2 changes"):
-        updates.pairs(buffer[:1])
 
 
 @pytest.mark.parametrize("pdl", PDL)
@@ -601,22 +592,13 @@ def test_sampling_follows_the_distribution() -> None:
     assert bool(((counts - expected).abs() < 4.5 * deviation).all()), counts.tolist()
 
 
-@pytest.mark.parametrize("pdl", PDL)
-def test_sample_can_finish_the_step(pdl: bool) -> None:
-    active = int32([3, -1, 0, 5])
-    rows = filled_rows(LENGTHS, 16, 5)
-    expected = moved(rows)
-    inputs = StepInputs.allocate(4, 5, DEVICE)
-    device_rows.begin_step(rows, active, inputs, 16)
-    logits = randn(4, 300, dtype=torch.float32)
-    out = torch.full((4,), -1, dtype=torch.int32, device=DEVICE)
-    given = (inputs.temperature, inputs.seed, inputs.step)
-    finish = (rows, active, inputs)
-    result = sampler_kernels.sample(logits, *given, out=out, finish=finish, pdl=pdl)
-    assert result is out
-    assert torch.equal(out, sampler_kernels.sample(logits, *given).int())
-    device_rows.finish_step(expected, active, inputs, out)
-    assert torch.equal(rows.flat, expected.flat)
+def test_the_merge_is_the_same_kernel_for_every_batch() -> None:
+    """Its block fits any number of shares, from one (a batch that fills the GPU) on."""
+    vocab_size = 32 * sampler_kernels.WIDTH.value * 5 + 3
+    for batch in (1, 2, 200):
+        check_sample(
+            randn(batch, vocab_size, dtype=torch.float32), params([0.7] * batch, seed=batch)
+        )
 
 
 def test_sampler_arguments_that_do_not_fit_are_refused() -> None:

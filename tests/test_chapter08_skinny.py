@@ -478,3 +478,14 @@ def test_a_step_at_real_sizes_in_a_graph(rows, dependent):
     exact, _ = step.by_model(wide, torch.float32)
     graph.replay()
     assert error(logits) <= 1.5 * error(plain) + 0.01
+
+
+@pytest.mark.parametrize(
+    "size, mlp_size, parts", [(1024, 3072, 1), (2048, 6144, 1), (4096, 12288, 2), (5120, 25600, 4)]
+)
+def test_a_program_of_one_row_keeps_its_weights_in_registers(size, mlp_size, parts):
+    """Qwen3's sizes 0.6B, 1.7B, 8B and 32B: down_proj, whose rows are the longest."""
+    tuning = SkinnyTuning.for_rows(1)
+    assert tuning.parts(1, size, mlp_size, 16, 132) == parts
+    padded = 1 << (mlp_size // parts - 1).bit_length()
+    assert 2 * padded <= tuning.gemv_weights

@@ -12,6 +12,7 @@ import torch
 BLOCK_M = 128  # query rows of a program
 BLOCK_N = 128  # keys of a tile
 STAGES = 2  # tiles of K, and of V, in shared memory
+SEQUENCES_AT_A_TIME = 64  # that the kernel looks at which orders the blocks
 
 
 def fits_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -57,6 +58,43 @@ def _descriptor(rows: torch.Tensor, box: int) -> Any:
     )
 
 
+def order_blocks(
+    cu_query_lens: torch.Tensor,
+    num_tokens: int,
+    max_query_len: int,
+    context_lens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """All blocks of query rows of a batch, those with the most keys to visit first.
+
+    cu_query_lens: [B + 1] int32; num_tokens: the rows of q; max_query_len: the most queries of one
+    sequence; context_lens: [B] int32, where keys are in pages. Returns int32 [1 + blocks, 2]: how
+    many there are, and then (sequence, block) of each. One list serves all layers of a step.
+    """
+    from minivllm.attention.flash_order_kernels import order_blocks_kernel
+
+    batch = len(cu_query_lens) - 1
+    paged = context_lens is not None
+    at_most = num_tokens // BLOCK_M + batch
+    # Zeros: a list that nobody has filled says that there is nothing to do.
+    order = torch.zeros(1 + at_most, 2, dtype=torch.int32, device=cu_query_lens.device)
+    order_blocks_kernel[(-(-max_query_len // BLOCK_M), batch)](
+        order,
+        cu_query_lens,
+        context_lens if paged else cu_query_lens,
+        batch,
+        M=BLOCK_M,
+        BLOCK_B=SEQUENCES_AT_A_TIME,
+        PAGED=paged,
+        num_warps=1,
+    )
+    return order
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def attend_on_hopper(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -68,6 +106,7 @@ def attend_on_hopper(
     max_query_len: int,
     block_tables: torch.Tensor | None = None,
     context_lens: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of a flattened batch, written to ``out``; arguments are checked already.
 
@@ -81,9 +120,9 @@ def attend_on_hopper(
         max_query_len: the most queries of one sequence.
         block_tables: [B, max_blocks] int32, or None for contiguous keys.
         context_lens: [B] int32 with block_tables.
+        order: what :func:`order_blocks` gives for all this; made here, if it is needed, when None.
     """
     from minivllm.attention.flash_hopper_kernels import flash_hopper_kernel
-    from minivllm.attention.flash_order_kernels import order_blocks_kernel
 
     num_tokens, num_heads, head_size = q.shape
     paged = block_tables is not None
@@ -93,26 +132,12 @@ def attend_on_hopper(
     k, v = (x.view(-1, *x.shape[2:]) if paged else x for x in (k, v))
     # All blocks of all sequences as if they were equally long; where that would be far too many,
     # a first kernel lists those that exist.
-    longest = -(-max_query_len // BLOCK_M)
-    entries = longest * batch
-    at_most = num_tokens // BLOCK_M + batch
-    ordered = entries > 2 * at_most
-    order = cu_query_lens
-    if ordered:
-        entries = at_most
-        order = torch.empty(1 + entries, 2, dtype=torch.int32, device=q.device)
-        order_blocks_kernel[(longest, batch)](
-            order,
-            cu_query_lens,
-            context_lens if paged else cu_query_lens,
-            batch,
-            M=BLOCK_M,
-            BLOCK_B=1 << (batch - 1).bit_length(),
-            PAGED=paged,
-            num_warps=1,
-        )
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    flash_hopper_kernel[(min(processors, entries * num_heads),)](
+    entries = -(-max_query_len // BLOCK_M) * batch
+    if order is None and entries > 2 * (num_tokens // BLOCK_M + batch):
+        order = order_blocks(cu_query_lens, num_tokens, max_query_len, context_lens)
+    if order is not None:
+        entries = len(order) - 1
+    flash_hopper_kernel[(min(_processors(q.device), entries * num_heads),)](
         _descriptor(q, BLOCK_M // 2),
         _descriptor(k, box),
         _descriptor(v, box),
@@ -122,7 +147,7 @@ def attend_on_hopper(
         context_lens if paged else cu_query_lens,
         block_tables if paged else cu_query_lens,
         block_tables.stride(0) if paged else 0,
-        order,
+        cu_query_lens if order is None else order,
         batch,
         entries,
         scale * math.log2(math.e),
@@ -134,6 +159,6 @@ def attend_on_hopper(
         BOX=box,
         STAGES=STAGES,
         PAGED=paged,
-        ORDERED=ordered,
+        ORDERED=order is not None,
         num_warps=4,
     )

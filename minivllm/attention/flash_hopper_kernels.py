@@ -58,7 +58,7 @@ def work_item(item, work, H: gl.constexpr, PAGED: gl.constexpr, ORDERED: gl.cons
     head = item % H
     entry = item // H
     if ORDERED:
-        inside = entry < gl.load(order_ptr)
+        inside = entry < entries
         seq = gl.load(order_ptr + 2 * entry + 2, mask=inside, other=0)
         block = gl.load(order_ptr + 2 * entry + 3, mask=inside, other=0)
     else:
@@ -290,7 +290,11 @@ def consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["table_stride", "batch", "entries"])
+# One kernel for all batches, and for those whose first sequences are left out.
+@gluon.jit(
+    do_not_specialize=["table_stride", "batch", "entries"],
+    do_not_specialize_on_alignment=["cu_query_lens_ptr", "context_lens_ptr", "tables_ptr"],
+)
 def flash_hopper_kernel(
     q_desc,
     k_desc,
@@ -336,6 +340,8 @@ def flash_hopper_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
 
+    if ORDERED:
+        entries = gl.load(order_ptr)  # as many as there are
     descs = (q_desc, k_desc, v_desc)
     tiles = (q_tile, k_tile, v_tile)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from minivllm.attention.flash_checks import check_out
-from minivllm.attention.flash_hopper import attend_on_hopper, fits_hopper
+from minivllm.attention.flash_hopper import attend_on_hopper, fits_hopper, order_blocks
 from minivllm.attention.paged_checks import check_paged_inputs
 from minivllm.attention.paged_plan_kernels import PagedDecodePlan
 from minivllm.attention.paged_simple_kernels import paged_decode_whole, paged_prefill_tiled
@@ -29,6 +29,7 @@ __all__ = [
     "paged_decode_whole",
     "paged_prefill",
     "paged_prefill_tiled",
+    "prefill_order",
     "store_kv",
 ]
 
@@ -45,6 +46,7 @@ def paged_prefill(
     *,
     scale: float,
     max_query_len: int,
+    order: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last tokens of each sequence over all its tokens in the cache.
@@ -61,6 +63,8 @@ def paged_prefill(
         context_lens: [B] int32 tokens of each sequence, these queries included.
         scale: positive factor on the scores, usually D ** -0.5.
         max_query_len: the most queries of one sequence; it sizes the grid.
+        order: what :func:`prefill_order` gave for these sequences; without it some of that is done
+            anew in each layer.
         out: [T, H, D] to write into; a new tensor when None.
 
     Returns:
@@ -69,11 +73,7 @@ def paged_prefill(
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together.
     """
-    if (
-        k_cache.dim() != 4
-        or k_cache.shape[1] < SMALLEST_BOX
-        or not fits_hopper(q, k_cache, v_cache)
-    ):
+    if not _fits_hopper(q, k_cache, v_cache):
         return paged_prefill_tiled(
             q,
             k_cache,
@@ -100,8 +100,33 @@ def paged_prefill(
             max_query_len=max_query_len,
             block_tables=block_tables,
             context_lens=context_lens,
+            order=order,
         )
     return out
+
+
+def prefill_order(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    context_lens: torch.Tensor,
+    *,
+    max_query_len: int,
+) -> torch.Tensor | None:
+    """What :func:`paged_prefill` of these needs to know once a step, for all layers alike.
+
+    Arguments as there. None where its kernel needs nothing of the sort.
+    """
+    if max_query_len < 1 or not len(context_lens) or not _fits_hopper(q, k_cache, v_cache):
+        return None
+    return order_blocks(cu_query_lens, len(q), max_query_len, context_lens)
+
+
+def _fits_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    return (
+        k_cache.dim() == 4 and k_cache.shape[1] >= SMALLEST_BOX and fits_hopper(q, k_cache, v_cache)
+    )
 
 
 def paged_attention(
@@ -116,6 +141,7 @@ def paged_attention(
     max_query_len: int,
     num_decodes: int = 0,
     plan: PagedDecodePlan | None = None,
+    order: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a mixed batch: decode tokens first, then prompts and chunks of prompts.
@@ -129,6 +155,7 @@ def paged_attention(
             as prompts of one token (0, the default), which is slower.
         plan: for the decode part, prepared for block_tables[:num_decodes] and
             context_lens[:num_decodes]; see :func:`paged_decode`.
+        order: for the rest, likewise; see :func:`prefill_order`.
 
     Returns:
         [T, H, D], contiguous, in q's dtype.
@@ -164,6 +191,7 @@ def paged_attention(
             context_lens[num_decodes:],
             scale=scale,
             max_query_len=max_query_len,
+            order=order,
             out=out,
         )
     return out

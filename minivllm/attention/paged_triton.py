@@ -74,6 +74,8 @@ class TritonPagedAttention:
         self.scale = scale
         self.num_decodes = sum(1 for _ in takewhile(lambda n: n == 1, batch.query_lens))
         self.max_query_len = max(batch.query_lens)
+        self._order: torch.Tensor | None = None
+        self._ordered = False
         if self.num_decodes:
             plan.prepare(batch.block_tables[: self.num_decodes], batch.context[: self.num_decodes])
 
@@ -91,7 +93,7 @@ class TritonPagedAttention:
 
         pdl: where all are decodes, launch before the kernel in front has ended (Hopper and later).
         """
-        from minivllm.attention.paged_kernels import paged_attention, paged_decode
+        from minivllm.attention.paged_kernels import paged_attention, paged_decode, prefill_order
 
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         batch = self.batch
@@ -106,6 +108,16 @@ class TritonPagedAttention:
                 plan=self.plan,
                 pdl=pdl,
             )
+        if not self._ordered:
+            self._order = prefill_order(
+                q,
+                k_cache,
+                v_cache,
+                batch.cu_query_lens[self.num_decodes :],
+                batch.context[self.num_decodes :],
+                max_query_len=self.max_query_len,
+            )
+            self._ordered = True
         return paged_attention(
             q,
             k_cache,
@@ -117,4 +129,5 @@ class TritonPagedAttention:
             max_query_len=self.max_query_len,
             num_decodes=self.num_decodes,
             plan=self.plan if self.num_decodes else None,
+            order=self._order,
         )

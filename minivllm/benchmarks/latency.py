@@ -6,10 +6,10 @@ import statistics
 import time
 from typing import Any
 
-from minivllm.benchmarks.harness import format_table
+from minivllm.benchmarks.harness import copy_bandwidth, format_table
 from minivllm.benchmarks.report import write_report
 from minivllm.benchmarks.throughput import build, greedy_outputs, verdict, vocab_size
-from minivllm.benchmarks.workload import check_greedy, usual_workload
+from minivllm.benchmarks.workload import check_greedy, matrix_parameters, usual_workload
 from minivllm.engine.sampling_params import SamplingParams
 from minivllm.llm import LLM
 
@@ -23,7 +23,11 @@ def run_latency(
     num_output: int,
     output: str | None,
 ) -> None:
-    """Time to the first token and between tokens, for batches that start together."""
+    """Time to the first token and between tokens, for batches that start together.
+
+    A step must read all weights at least. Each batch's ``step_share_of_weight_limit`` is the time
+    which that takes at the bandwidth of a large copy in the same run, over the median step.
+    """
     llm, ready = build(settings, shapes)
     rows, results = [], {}
     with llm:
@@ -50,11 +54,22 @@ def run_latency(
                     *(f"{facts['between_tokens_ms'][p]:.3f}" for p in ("p50", "p90", "p99")),
                 ]
             )
-        check = None
-        if llm.engine.runner is not None:
-            check = check_greedy(llm.engine.runner.model, greedy_outputs(llm, 1, 64))
+        runner = llm.engine.runner
+        assert runner is not None
+        dtype = next(runner.model.parameters()).dtype
+        weights = {
+            "bytes": matrix_parameters(llm.engine.model_config) * dtype.itemsize,
+            "copy_bytes_per_s": copy_bandwidth(runner.device),
+        }
+        weights["ms"] = 1e3 * weights["bytes"] / weights["copy_bytes_per_s"]
+        for facts, row in zip(results.values(), rows, strict=True):
+            share = weights["ms"] / facts["between_tokens_ms"]["p50"]
+            facts["step_share_of_weight_limit"] = share
+            row.append(f"{share:.2f}")
+        check = check_greedy(runner.model, greedy_outputs(llm, 1, 64))
     headers = ["batch", "ms a token, all in", "first token", "between: p50", "p90", "p99"]
-    print(format_table(headers, rows))
+    print(format_table([*headers, "share of the weights' limit"], rows))
+    print(f"reading the weights alone: {weights['ms']:.3f} ms a step")
     print(f"greedy tokens against the plain model: {verdict(check)}")
     write_report(
         output,
@@ -65,6 +80,7 @@ def run_latency(
             "output_tokens": num_output,
             "ready_seconds": ready,
             "batches": results,
+            "weights": weights,
             "check": check,
         },
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from minivllm.engine.outputs import RequestOutput
 from minivllm.models.config import ModelConfig
@@ -111,7 +113,7 @@ def margins_of(model: Any, prompt: list[int], answer: list[int]) -> Margins:
     positions = torch.arange(len(ids), device=device)
     start = len(prompt) - 1
     plain = model.compute_logits(model(ids, positions, attend)[start:]).float()
-    exact = _float32_logits(model, ids, positions)[start:]
+    exact = float32_logits(model, ids, positions, start)
     chosen = exact.gather(1, torch.tensor(answer, device=device)[:, None])[:, 0]
     short = exact.amax(dim=1) - chosen
     return Margins(
@@ -147,14 +149,25 @@ def check_greedy(model: Any, outputs: list[RequestOutput]) -> dict[str, float]:
     )
 
 
-def _float32_logits(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The plain model's logits [T, V] computed in float32 from the same weights."""
-    wide = getattr(model, "_float32_twin", None)
-    if wide is None:
-        config = model.config
-        wide = type(model)(config, dtype=torch.float32, device=ids.device)
-        wide.load_state_dict(model.state_dict())
-        # Kept beside the model, not in it: it is no part of what the engine runs.
-        object.__setattr__(model, "_float32_twin", wide)
+@torch.inference_mode()
+def float32_logits(
+    model: Any, ids: torch.Tensor, positions: torch.Tensor, start: int = 0
+) -> torch.Tensor:
+    """The plain model's logits [T - start, V] of ids[start:], in float32 from the same weights.
+
+    ids, positions: [T], one sequence. One layer's weights at a time are copied to float32, so that
+    a large model can be checked beside an engine that holds nearly all of the memory.
+    """
+    decoder = model.model
     attend = borrowed_attention(model.config.head_size**-0.5)
-    return wide.compute_logits(wide(ids, positions, attend))
+    x, residual = decoder.embed_tokens(ids).float(), None
+    for layer in decoder.layers:
+        x, residual = _in_float32(layer)(x, residual, positions, decoder.rotary, attend)
+    hidden = _in_float32(decoder.norm).add(x, residual)[0]
+    return _in_float32(model.lm_head)(hidden[start:])
+
+
+def _in_float32(module: nn.Module) -> nn.Module:
+    if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
+        return module
+    return deepcopy(module).float()

@@ -57,7 +57,8 @@ class NoRecorder:
 
 
 def ladder_sizes(most: int) -> list[int]:
-    """Batch sizes worth a graph of their own: 1, 2, 4, then every 8 up to ``most``.
+    """Batch sizes worth a graph of their own, ``most`` the last: 1, 2, 4, then every 8 up to 256,
+    then every 32. Raises ValueError if ``most`` is below 1.
 
     Attention skips padding, and a matrix product's tile is 16 rows or more, so a few rows of
     padding cost next to nothing; but a step of one must not pay for sixteen.
@@ -91,7 +92,7 @@ class GraphLadder:
         self.seconds = 0.0
 
     def record(self) -> None:
-        """Record every size, the largest first, since it needs the most memory."""
+        """Record every size, the largest first, for it needs the most memory; notes ``seconds``."""
         started = time.perf_counter()
         # A collection in the middle of a recording could free memory of another stream.
         gc.collect()

@@ -69,8 +69,9 @@ class DeviceRows:
 class StepInputs:
     """What a decode step reads, at fixed addresses; row i is place i of P.
 
-    input_ids, positions, slot_mapping, step, seed: int64 [P]. context: int32 [P], 0 for padding.
-    temperature: float32 [P]. block_tables: int32 [P, M], of which the blocks in use are written.
+    input_ids, positions, slot_mapping (-1 for padding), seed: int64 [P]. step: int64 [P], how many
+    tokens the row has generated. context: int32 [P], 0 for padding. temperature: float32 [P].
+    block_tables: int32 [P, M], of which the blocks in use are written.
     """
 
     input_ids: torch.Tensor
@@ -142,18 +143,6 @@ class RowUpdates:
         """``blocks`` become the entries ``first``, ``first`` + 1, ... of the row's block table."""
         start = 6 * self.max_num_seqs + row * self.max_blocks + first
         self.words.update(enumerate(blocks, start))
-
-    def pairs(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The changes as int32 [U, 2] on the CPU, in the first U rows of ``out`` if it is given."""
-        count = len(self.words)
-        if out is None:
-            out = torch.empty(count, 2, dtype=torch.int32)
-        elif count > len(out):
-            raise ValueError(f"out has {len(out)} rows for {count} changes; make it larger")
-        filled = out[:count]
-        filled[:, 0] = torch.tensor(list(self.words), dtype=torch.int32)
-        filled[:, 1] = torch.tensor(list(self.words.values()), dtype=torch.int32)
-        return filled
 
 
 def begin_step(rows: DeviceRows, active: torch.Tensor, out: StepInputs, block_size: int) -> None:

@@ -8,15 +8,16 @@ carried on there (``device_rows``); the host only sends changes, such as a new b
 that a step samples are the next step's input without a detour through the host, which reads them a
 step late. And a step is replayed from a CUDA graph (``cuda_graphs``), one launch instead of 250.
 
-A step that runs prompts, or anything else that is not one token for each of some known rows, runs
-without a graph, from tensors made for it; but its tokens go to the rows all the same.
+A step that runs prompts, or anything else that is not one token for each of some known rows, has
+graphs of its own while it is small (``prompt_graphs``), and runs without one where it is large; its
+tokens go to the rows all the same.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 
 from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.engine.batches import (
+    HostBatch,
     HostSampling,
     TokenLogprobs,
     cut_logprobs,
@@ -35,7 +37,7 @@ from minivllm.engine.config import EngineConfig
 from minivllm.engine.cuda_graphs import CudaGraphRecorder, GraphLadder, NoRecorder, ladder_sizes
 from minivllm.engine.device_rows import DeviceRows, RowUpdates, StepInputs
 from minivllm.engine.model_runner import ModelRunner, StepResult
-from minivllm.engine.prompt_graphs import TOKENS, PromptGraphs
+from minivllm.engine.prompt_graphs import PromptGraphs
 from minivllm.engine.row_table import RowTable
 from minivllm.engine.scheduler import Step
 from minivllm.engine.sequence import Sequence as Request
@@ -121,16 +123,62 @@ class GraphRunner(ModelRunner):
             self.prompts = PromptGraphs(
                 self._prompt,
                 self.ladder.recorder,
+                max_tokens=config.max_num_batched_tokens,
+                max_seqs=places,
                 max_blocks=max_blocks,
                 vocab_size=self.model_config.vocab_size,
                 dtype=dtype,
                 device=self.device,
             )
+        if self.device.type == "cuda":
+            self._compile_ahead(dtype)
+
+    def _compile_ahead(self, dtype: torch.dtype) -> None:
+        """Compile what the steps to come will launch, before a request has to wait for it."""
+        from minivllm.engine.compile_ahead import compile_ahead
+
+        # All layers share one block, which nobody's tokens are in.
+        config = replace(self.model_config, num_layers=1)
+        cache = PagedKVCache(config, 1, self.block_size, dtype=dtype, device=self.device)
+        layers = self.model_config.num_layers
+        cache.k, cache.v = (x.expand(layers, -1, -1, -1, -1) for x in (cache.k, cache.v))
+        self.cache = cache
+        compile_ahead(self._rehearse, self.device)
+        del self.cache
+        # The old ones may hold on to that block.
+        self.forms = choose_forms(self.model, self.device)
+
+    @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """Launch every kernel that a step can need; on nothing but padding."""
+        for size in self.ladder.sizes:
+            # Tile sizes change where a power of two is passed.
+            if size & (size - 1) == 0 or size == self.ladder.sizes[-1]:
+                self._decode(size)
+        if self.prompts is not None:
+            self.prompts.run(self.prompts.ladder.sizes[0])
+        places, most_blocks = self.inputs.block_tables.shape
+        for decodes, prompt in ((1, 2), (places, 2), (1, 64), (1, 1024)):
+            query_lens = [1] * decodes + [min(prompt, most_blocks * self.block_size)]
+            none = [0] * sum(query_lens)
+            tables = [[0] * -(-count // self.block_size) for count in query_lens]
+            batch = HostBatch(none, none, [-1] * len(none), query_lens, query_lens, tables)
+            logits = self._run_unrecorded(StepMessage(batch=batch, last=[0]))
+            self._choose(logits, HostSampling([1.0], [0], [0], None, None, None))
+        self.forms.apply_updates(self.rows.flat, to_device([[0, 0]], torch.int32, self.device))
 
     def _bytes_to_come(self) -> int:
-        graphs = len(self.ladder.sizes) + len(TOKENS)
-        nodes = 12 * self.model_config.num_layers * graphs
-        return 0 if self.eager else nodes * GRAPH_BYTES_PER_NODE
+        if self.prompts is None:
+            return 0
+        config = self.model_config
+        graphs = len(self.ladder.sizes) + len(self.prompts.ladder.sizes)
+        # What lies between the kernels of the largest prompt graph, in which the others find room:
+        # the residual stream and what is added, queries and all heads twice, the MLP's three parts.
+        heads = config.num_heads + 2 * config.num_kv_heads
+        numbers = 5 * config.hidden_size + 2 * heads * config.head_size
+        numbers += 3 * config.intermediate_size
+        between = self.prompts.ladder.sizes[-1] * numbers * self.logits.element_size()
+        return 12 * config.num_layers * graphs * GRAPH_BYTES_PER_NODE + between
 
     @torch.inference_mode()
     def _record_graphs(self) -> GraphFacts:
@@ -230,7 +278,8 @@ class GraphRunner(ModelRunner):
     def _run_batch(self, message: StepMessage) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts, chunks of prompts, and decodes beside them."""
         assert message.batch is not None
-        if self.prompts is not None and not message.waiting and PromptGraphs.fits(message.batch):
+        if self.prompts is not None and self.prompts.fits(message.batch):
+            self._fill_in(self.prompts.load(message.batch, message.last), message.waiting)
             logits = self.prompts.replay(message.batch, message.last)
         else:
             logits = self._run_unrecorded(message)
@@ -246,17 +295,21 @@ class GraphRunner(ModelRunner):
         """Logits [n, V] of a batch that no graph holds."""
         assert message.batch is not None
         batch = message.batch.to(self.device)
-        if message.waiting:
-            at, rows = self._indices(*zip(*message.waiting, strict=True))
-            batch.input_ids[at] = self.rows.last_token[rows].long()
+        self._fill_in(batch.input_ids, message.waiting)
         hidden = self.forward(batch, self.cache)
         if not message.last:
             return self.logits[:0]
         (last,) = self._indices(message.last)
         return self.model.compute_logits(hidden[last])
 
+    def _fill_in(self, input_ids: torch.Tensor, waiting: list[tuple[int, int]]) -> None:
+        """Tokens that only the device knows as yet: (place in the batch, row)."""
+        if waiting:
+            at, rows = self._indices(*zip(*waiting, strict=True))
+            input_ids[at] = self.rows.last_token[rows].long()
+
     def _prompt(self, batch: PagedBatch, last: torch.Tensor, logits: torch.Tensor) -> None:
-        """A step of short prompts: what a graph of :class:`PromptGraphs` records."""
+        """A step with prompts: what a graph of :class:`PromptGraphs` records."""
         hidden = self.forward(batch, self.cache)
         self.forms.head(self.model, hidden[last], logits)
 

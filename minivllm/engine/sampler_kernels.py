@@ -27,8 +27,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
-from minivllm.engine.device_rows import DeviceRows, StepInputs
-
 # The largest noise is that of u = 1 - 2^-24; a little more, for rounding.
 MOST_NOISE = tl.constexpr(16.65)
 LOG_2 = tl.constexpr(0.6931471805599453)
@@ -166,27 +164,21 @@ def best_of_share_kernel(
     tl.store(token_ptr + at, tl.min(tl.min(token, axis=1), axis=0))
 
 
-@triton.jit
+# One kernel for all batches, though the number of shares depends on theirs.
+@triton.jit(do_not_specialize=["shares"])
 def best_of_row_kernel(
     score_ptr,
     token_ptr,
     out_ptr,
-    active_ptr,
-    context_ptr,
-    step_ptr,
-    last_token_ptr,
-    length_ptr,
-    num_outputs_ptr,
     best_score_ptr,
     shares,
     V,
     first_token,
     BLOCK: tl.constexpr,
-    FINISH: tl.constexpr,
     SCORE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """The token of row ``program_id(0)``, and if FINISH its place in the sequence's row."""
+    """The token of row ``program_id(0)``, and if SCORE what it scored."""
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
@@ -201,14 +193,6 @@ def best_of_row_kernel(
     if SCORE:
         tl.store(best_score_ptr + row, tl.max(score, axis=0))
     tl.store(out_ptr + row, best.to(out_ptr.dtype.element_ty))
-    if FINISH:
-        target = tl.load(active_ptr + row).to(tl.int64)
-        context = tl.load(context_ptr + row)
-        step = tl.load(step_ptr + row)
-        if target >= 0:
-            tl.store(last_token_ptr + target, best)
-            tl.store(length_ptr + target, context + 1)
-            tl.store(num_outputs_ptr + target, (step + 1).to(tl.int32))
 
 
 def sample(
@@ -218,7 +202,6 @@ def sample(
     step: torch.Tensor,
     *,
     out: torch.Tensor | None = None,
-    finish: tuple[DeviceRows, torch.Tensor, StepInputs] | None = None,
     first_token: int = 0,
     score: torch.Tensor | None = None,
     pdl: bool = False,
@@ -230,7 +213,6 @@ def sample(
         temperature: float32 [B]; 0 is greedy, by the untouched logits.
         seed, step: int64 [B], the hash's input beside the token.
         out: int64 or int32 [B], written; by default a new int64 tensor.
-        finish: (rows, active, inputs) does :func:`step_kernels.finish_step` on the way.
         first_token: the token of column 0, where the logits are a part of a row.
         score: float32 [B], receives the chosen tokens' scores, by which parts can be compared.
         pdl: launch before the kernel in front has ended (see ``step_kernels``).
@@ -284,38 +266,27 @@ def sample(
         num_warps=warps,
         **options,
     )
-    pointers: tuple[torch.Tensor | None, ...] = (None,) * 6
-    if finish is not None:
-        rows, active, inputs = finish
-        if active.shape != (batch,) or active.dtype != torch.int32:
-            raise ValueError(
-                f"active is {active.dtype} {tuple(active.shape)}; give int32 [{batch}]"
-            )
-        pointers = (
-            active,
-            inputs.context,
-            inputs.step,
-            rows.last_token,
-            rows.length,
-            rows.num_outputs,
-        )
+    block = triton.next_power_of_2(_most_shares(vocab_size))
     best_of_row_kernel[(batch,)](
         scores,
         tokens,
         out,
-        *pointers,
         score,
         shares,
         vocab_size,
         first_token,
-        BLOCK=triton.next_power_of_2(shares),
-        FINISH=finish is not None,
+        BLOCK=block,
         SCORE=score is not None,
         DEPENDENT=pdl,
-        num_warps=1,
+        num_warps=max(1, block // 256),
         **options,
     )
     return out
+
+
+def _most_shares(vocab_size: int) -> int:
+    """Into how many shares a row is cut at most, whatever the batch."""
+    return min(PROGRAMS, triton.cdiv(vocab_size, 32 * WIDTH.value))
 
 
 def _share_of_a_program(batch: int, vocab_size: int) -> tuple[int, int]:

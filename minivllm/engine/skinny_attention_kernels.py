@@ -2,7 +2,7 @@
 
 From the fused projection of a row, q, k and v, this kernel makes what attention needs (norms of the
 heads, RoPE), writes k and v to their slot, and attends. A program takes one KV head of one sequence
-and one of SPLITS equal stretches of the cached tokens:
+and one of ``splits`` equal stretches of the cached tokens:
 
     tokens of sequence b    [ 0 .. span ) [ span .. 2 span ) [ 2 span .. old )   new
     program (g, split, b)        0                1                  2            0
@@ -102,14 +102,13 @@ def skinny_attention_kernel(
     S: tl.constexpr,
     ROWS: tl.constexpr,  # GROUP, padded to a power of two of at least 16
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """qkv [parts, P, (H + 2 G) * D] -> out [P, H, D], or with splits [SPLITS, P, H, D] and lse.
+    """qkv [parts, P, (H + 2 G) * D] -> out [splits, P, H, D] and lse [splits, P, H].
 
     k_cache, v_cache [N, S, G, D]: where k and v of row b go to slots[b] (-1: nowhere); tables
     [P, M]; context [P]: tokens of each sequence, the newest included (0: a padded row).
@@ -123,7 +122,7 @@ def skinny_attention_kernel(
     old = tl.maximum(tl.load(context_ptr + row) - 1, 0)
     position = tl.load(positions_ptr + row)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    span = split_span(old, SPLITS, MIN_SPLIT)
+    span = split_span(old, tl.num_programs(1), MIN_SPLIT)
     begin = split * span
     end = tl.minimum(begin + span, old)
     table_ptr = tables_ptr + row.to(tl.int64) * table_stride
@@ -194,8 +193,7 @@ def skinny_attention_kernel(
     out_row = (split * tl.num_programs(2) + row) * H + heads
     result = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_row[:, None] * D + dims[None, :], result, mask=used[:, None])
-    if SPLITS > 1:
-        tl.store(lse_ptr + out_row, row_max + tl.log2(row_sum), mask=used)
+    tl.store(lse_ptr + out_row, row_max + tl.log2(row_sum), mask=used)
 
 
 def skinny_attention(
@@ -230,8 +228,8 @@ def skinny_attention(
         block_tables: [P, M] int32.
         context: [P] int32 tokens of each sequence with the newest; 0 for a padded row.
         k_cache, v_cache: [N, S, G, D], S a power of two.
-        out: [1, P, H, D], or float32 [SPLITS, P, H, D] of which :func:`merge_splits` makes one.
-        lse: float32 [SPLITS, P, H], for that.
+        out: [1, P, H, D], or float32 [splits, P, H, D] of which :func:`merge_splits` makes one.
+        lse: float32 [splits, P, H], for that.
         eps: of the head norms.
         early: let the next kernel start at once, not after the loop over the cache.
         dependent: whether the kernel in front was launched to be overlapped.
@@ -263,7 +261,6 @@ def skinny_attention(
         S=block_size,
         ROWS=max(16, triton.next_power_of_2(group)),
         TILE=tile,
-        SPLITS=splits,
         MIN_SPLIT=min_split,
         PRECISION=precision_of(k_cache.dtype),
         STAGES=stages,

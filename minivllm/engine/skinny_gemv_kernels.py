@@ -151,10 +151,10 @@ def gemv_kernel(
             0,
             1,
             part * (K_PART // D),
+            SPLITS,
             H,
             D,
             HEADS,
-            SPLITS,
             MIN_SPLIT,
         )
         x = tl.where(mask, tl.reshape(x, (BLOCK_K,)), 0.0)

@@ -94,7 +94,8 @@ def tile_product(w, x, WEIGHTS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     return sums
 
 
-@triton.jit
+# The number of rows is no part of what is compiled: one kernel serves 2, 4 and 8.
+@triton.jit(do_not_specialize=["rows"])
 def skinny_kernel(
     weight_ptr,
     x_ptr,
@@ -148,7 +149,7 @@ def skinny_kernel(
     tl.store(out_ptr + out_at, sums.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sum_and_norm_kernel(
     parts_ptr,
     residual_ptr,

@@ -19,12 +19,12 @@ from minivllm.attention.flash_kernels import LOWEST
 
 
 @triton.jit
-def split_span(old, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
+def split_span(old, splits, MIN_SPLIT: tl.constexpr):
     """How many of a sequence's ``old`` cached tokens each split of its attention takes.
 
-    A multiple of MIN_SPLIT, and such that SPLITS of them are enough.
+    A multiple of MIN_SPLIT, and such that ``splits`` of them are enough.
     """
-    return tl.maximum(tl.cdiv(tl.cdiv(old, SPLITS), MIN_SPLIT), 1) * MIN_SPLIT
+    return tl.maximum(tl.cdiv(tl.cdiv(old, splits), MIN_SPLIT), 1) * MIN_SPLIT
 
 
 @triton.jit
@@ -35,19 +35,19 @@ def merged_splits(
     row,
     rows,
     first_head,
+    splits,
     H: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
 ):
     """Attention of HEADS heads of one row, float32 [HEADS, D], from its splits.
 
-    partial [SPLITS, rows, H, D], each divided by its own softmax denominator; lse [SPLITS, rows,
+    partial [splits, rows, H, D], each divided by its own softmax denominator; lse [splits, rows,
     H], log2 of that denominator. Splits past the end of the sequence were not written.
     """
     old = tl.maximum(tl.load(context_ptr + row) - 1, 0)
-    used = tl.maximum(tl.cdiv(old, split_span(old, SPLITS, MIN_SPLIT)), 1)
+    used = tl.maximum(tl.cdiv(old, split_span(old, splits, MIN_SPLIT)), 1)
     heads = first_head + tl.arange(0, HEADS)
     mask = heads < H
     at = row * H + heads
@@ -74,17 +74,17 @@ def merged_splits(
     return acc / weight_sum[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def merge_splits_kernel(
     partial_ptr,
     lse_ptr,
     context_ptr,
     out_ptr,
     rows,
+    splits,
     H: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -95,7 +95,7 @@ def merge_splits_kernel(
         gdc_launch_dependents()
         gdc_wait()
     merged = merged_splits(
-        partial_ptr, lse_ptr, context_ptr, row, rows, first, H, D, HEADS, SPLITS, MIN_SPLIT
+        partial_ptr, lse_ptr, context_ptr, row, rows, first, splits, H, D, HEADS, MIN_SPLIT
     )
     heads = first + tl.arange(0, HEADS)
     at = (row * H + heads)[:, None] * D + tl.arange(0, D)[None, :]
@@ -126,10 +126,10 @@ def merge_splits(
         context,
         out,
         rows,
+        splits,
         H=num_heads,
         D=head_size,
         HEADS=heads,
-        SPLITS=splits,
         MIN_SPLIT=min_split,
         DEPENDENT=dependent,
         num_warps=4,

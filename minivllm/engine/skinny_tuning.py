@@ -50,13 +50,16 @@ class SkinnyTuning:
         """Into how many parts K = ``size`` of a product is cut, each a multiple of ``unit``.
 
         Enough for a program on every multiprocessor; with several rows also so that a part is
-        loaded in one go, for further steps would wait for one another.
+        loaded in one go, for further steps would wait for one another. With one row a program takes
+        two rows of the weights at least, and they must fit into its registers.
         """
         for parts in range(1, 17):
             if size % (parts * unit):
                 continue
             if rows == 1:
-                block_n = max(2, self.gemv_weights // (1 << (size // parts - 1).bit_length()))
+                block_n = self.gemv_weights // (1 << (size // parts - 1).bit_length())
+                if block_n < 2:
+                    continue
             elif size // parts <= self.slices * self.block_k:
                 block_n = self.block_n
             else:

@@ -86,7 +86,7 @@ def begin_step_kernel(
     tl.store(out_temperature_ptr + place, temperature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def finish_step_kernel(
     active_ptr,
     tokens_ptr,

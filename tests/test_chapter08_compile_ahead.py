@@ -1,0 +1,148 @@
+"""Kernels compiled ahead: on a machine without a GPU, for one that is only claimed to be there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# In a process of its own: Triton must not run in its interpreter, and its driver is replaced.
+CLAIM = """
+import logging, torch, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from minivllm.engine.compile_ahead import compile_ahead
+
+launched, loaded = [], []
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = source.name
+
+    def __call__(self, *arguments):
+        launched.append(self.name)
+
+
+class Utils:
+    def load_binary(self, name, *arguments):
+        loaded.append(name)
+        return 1, 2, 0, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448}
+
+
+class Claimed:
+    launcher_cls = Launcher
+    utils = Utils()
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+driver.set_active(Claimed())
+
+
+@triton.jit(do_not_specialize=["n"])
+def twice(x_ptr, n, BLOCK: tl.constexpr, GAIN: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n)
+    if GAIN is not None:
+        x *= GAIN
+    tl.store(x_ptr + at, x * 2, mask=at < n)
+
+
+@triton.jit
+def broken(x_ptr, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK), no_such_name)
+
+
+x = torch.zeros(64)
+"""
+
+SCRIPTS = {
+    "what was rehearsed is compiled, loaded, and not launched": """
+def work():
+    for n in (3, 16, 64):
+        twice[(1,)](x, n, BLOCK=64, GAIN=None)
+    twice[(1,)](x, 64, BLOCK=32, GAIN=0.5)
+
+
+assert compile_ahead(work) == 2
+assert sorted(loaded) == ["twice", "twice"] and launched == []
+compiled = []
+triton.knobs.runtime.jit_post_compile_hook = lambda **form: compiled.append(form)
+work()
+assert launched == ["twice"] * 4 and compiled == [] and len(loaded) == 2
+assert compile_ahead(work) == 0 and launched == ["twice"] * 8
+twice[(1,)](x, 1, BLOCK=16, GAIN=None)
+assert len(compiled) == 1, "the hook would have seen a kernel that was not ready"
+""",
+    "a kernel that cannot be compiled is left to its launch": """
+logging.disable()
+
+
+def work():
+    broken[(1,)](x, BLOCK=16)
+    twice[(1,)](x, 5, BLOCK=64, GAIN=None)
+
+
+assert compile_ahead(work) == 1 and loaded == ["twice"]
+try:
+    work()
+except triton.CompilationError as error:
+    assert "no_such_name" in str(error)
+else:
+    raise AssertionError("broken was launched")
+""",
+    "threads compile for the GPU that was meant": """
+chosen = []
+torch.cuda.is_available = lambda: True
+torch.cuda.current_device = lambda: 3
+torch.cuda.set_device = chosen.append
+for device in (None, torch.device("cuda"), torch.device("cuda:1")):
+    block = 16 << len(chosen)
+    assert compile_ahead(lambda: twice[(1,)](x, 5, BLOCK=block, GAIN=None), device) == 1
+assert chosen == [3, 3, 1]
+""",
+    "a rehearsal that breaks off is no misfortune": """
+logging.disable()
+
+
+def work():
+    twice[(1,)](x, 5, BLOCK=64, GAIN=None)
+    raise RuntimeError("no room")
+
+
+assert compile_ahead(work) == 1 and loaded == ["twice"]
+twice[(1,)](x, 5, BLOCK=64, GAIN=None)
+assert launched == ["twice"], "launches take place again"
+""",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_compile_ahead(name: str, tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CLAIM + SCRIPTS[name], encoding="utf-8")
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
