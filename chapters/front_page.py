@@ -1,9 +1,9 @@
 """The measured parts of the front page: the ladder's picture, and the engines next door.
 
     python -m chapters.front_page            # print them
-    python -m chapters.front_page --write    # put them into README.md
+    python -m chapters.front_page --write    # put them into README.md, and the rungs into chapters
 
-They are made from what the benchmarks wrote, and a test compares README.md with these files:
+They are made from what the benchmarks wrote, and a test compares the texts with these files:
 
     minivllm bench throughput --output chapters/chapter08_cuda_graphs/throughput_h200.json ...
     minivllm bench latency --output chapters/chapter08_cuda_graphs/latency_h200.json ...
@@ -214,6 +214,39 @@ def ladders() -> str:
     return "\n\n".join(parts)
 
 
+def rungs(number: int) -> str:
+    """The ladder as far as chapter ``number``, whose rungs are marked: a fenced block.
+
+    Of each ladder that is there one column; a line below says of what and when.
+    """
+    ladders = [read(file) for name in LADDERS if (file := FOLDER / f"{name}.json").exists()]
+    climbed = [
+        [rung for rung in ladder["rungs"] if rung["chapter"] <= number] for ladder in ladders
+    ]
+    heads = ["CPU" if ladder["device_type"] == "cpu" else ladder["device"] for ladder in ladders]
+    lines = ["The ladder so far, in output tokens/s (minivllm bench ladder):", ""]
+    lines.append(f"{'':34}" + "".join(f"{head:>13}" for head in heads))
+    for same in zip(*climbed, strict=True):
+        rung = same[0]
+        mark = ">" if rung["chapter"] == number else " "
+        rates = ("-" if "skipped" in each else _rate(each["output_tokens_per_s"]) for each in same)
+        label = f"{mark} {rung['key']:<2} {rung['name']}"
+        lines.append(f"{label:34}" + "".join(f"{rate:>13}" for rate in rates))
+    lines.append("")
+    for head, ladder in zip(heads, ladders, strict=True):
+        lines.append(f"{head}: {ladder['model']}, {ladder['dtype']}, {_day(ladder)}")
+    return "\n".join(["```text", *lines, "```"])
+
+
+def climbing_texts() -> dict[int, Path]:
+    """Number -> text of the chapters that have a rung."""
+    steps = read(FOLDER / f"{LADDERS[0]}.json")["rungs"]
+    return {
+        number: next(FOLDER.glob(f"chapter{number:02}_*/README.md"))
+        for number in dict.fromkeys(rung["chapter"] for rung in steps)
+    }
+
+
 def _rate(rate: float) -> str:
     return f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}"
 
@@ -224,13 +257,18 @@ BLOCKS = {"ladder": ladders, "engines": engines}
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="put them into README.md")
+    parser.add_argument("--write", action="store_true", help="put them into the texts")
     arguments = parser.parse_args(argv)
     for mark, made in BLOCKS.items():
         if arguments.write:
             replace_block(ROOT / "README.md", mark, made())
         else:
             print(f"{made()}\n")
+    for number, text in climbing_texts().items():
+        if arguments.write:
+            replace_block(text, "rung", rungs(number))
+        else:
+            print(f"{rungs(number)}\n")
     return 0
 
 

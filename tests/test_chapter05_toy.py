@@ -303,23 +303,3 @@ def test_pages_waste_half_a_block_a_request() -> None:
     for block_size in (16, 64, 256):
         run = memory.film(requests, block_size)
         assert run.empty == pytest.approx((block_size - 1) / 2, rel=0.02)
-
-
-# ---------------------------------------------------------------------------- the text
-
-
-def test_measured_table_in_the_text_is_that_of_the_file() -> None:
-    results = importlib.import_module("chapters.chapter05_paged_attention.results")
-    text = results.TEXT.read_text(encoding="utf-8")
-    assert results.filled(text, results.read()) == text, (
-        "run `python -m chapters.chapter05_paged_attention.results --write`"
-    )
-
-
-def test_measured_table_has_every_figure() -> None:
-    """A point or a form that a new measurement calls by another name would leave a gap."""
-    results = importlib.import_module("chapters.chapter05_paged_attention.results")
-    rows = results.table(results.read()).split("\n")[2 : 2 + len(results.POINTS)]
-    for row in rows:
-        each, shares = (cell.strip() for cell in row.split("|")[4:6])
-        assert each and shares, f"no figure in {row}"

@@ -168,7 +168,7 @@ def test_cached_blocks_that_nobody_holds_are_not_counted_twice():
     manager.release(admitted(manager, blocks_of(1, 2, 3)))
     # All three blocks are free; two would be shared, which leaves one for the rest: 1 is needed.
     seq = make_sequence([*blocks_of(1, 2), 9])
-    assert not manager.admit(seq, spare=1)
+    assert not manager.admit(seq, spare=1), "of 3 free blocks 2 are its own: 1 is left, not 3"
     assert manager.admit(seq)
     assert seq.num_computed == 2 * S and manager.num_free == 0
     manager.check([seq])

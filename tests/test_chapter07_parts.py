@@ -215,7 +215,8 @@ def test_prompts_are_admitted_in_order_until_the_step_is_full():
     step = Step()
     scheduler._schedule_prefills(step)
     assert ran(step) == [("ann", 10), ("bob", 22)], "32 tokens, and no more"
-    assert [found.samples for found in step.scheduled] == [True, False]
+    samples = [found.samples for found in step.scheduled]
+    assert samples == [True, False], "only the chunk that reaches the end of its prompt samples"
     assert names(scheduler.running) == ["ann", "bob"] and names(scheduler.waiting) == ["cem"]
     assert all(seq.status is Status.RUNNING for seq in scheduler.running)
 
@@ -332,7 +333,8 @@ def test_last_rows():
     step = Step(
         [item(seq, 2, samples=True), item(seq, 3, samples=False), item(seq, 1, samples=True)]
     )
-    assert runner.last_rows(step, hidden)[:, 0].tolist() == [1, 5]
+    rows = runner.last_rows(step, hidden)[:, 0].tolist()
+    assert rows == [1, 5], "the second of the three does not sample"
     every = Step([item(seq, 1, samples=True)] * 6)
     assert runner.last_rows(every, hidden)[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -414,4 +416,4 @@ def test_logprobs_are_kept_with_their_request():
     asked = object()
     engine._take_tokens(step, StepResult([7, 9], [None, asked]), 0.0)
     kept = [request.logprobs for request in engine._requests.values()]
-    assert kept == [[], [asked]]
+    assert kept == [[], [asked]], "ann asked for none, and None is not kept"

@@ -1,22 +1,19 @@
 """Chapter 1's text, figures and scripts say what the code does."""
 
-import importlib
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from course_helpers import chapter_folder, check_figures
 
-from chapters import ROOT
 from chapters.chapter01_layers import compare_forms, results, toy, traffic
-from chapters.machine.manifest import Course
 from minivllm.layers.activation import silu_and_mul
 from minivllm.layers.layernorm import add_rms_norm
 
-FOLDER = ROOT / "chapters" / "chapter01_layers"
+FOLDER = chapter_folder(1)
 TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
-CHAPTER = Course.load(ROOT).chapters[1]
 
 
 def test_toy_is_exact() -> None:
@@ -91,15 +88,6 @@ def test_tables_of_the_text_are_those_of_the_files() -> None:
         assert shown == results.table(content), f"the text's table is not that of {name}"
 
 
-def test_text_has_the_hints_and_diagnoses_of_the_manifest() -> None:
-    folded = re.findall(r"<summary>(.*?)</summary>\n\n(.*?)\n\n</details>", TEXT, re.DOTALL)
-    hints = [text for title, text in folded if title.startswith("Hint ")]
-    assert hints == [hint for task in CHAPTER.tasks for hint in task.hints]
-    for bug in CHAPTER.bugs:
-        assert f"**{bug.id} {bug.title}.** {bug.symptom}" in TEXT, f"symptom of {bug.id}"
-        assert ("Diagnosis", bug.answer) in folded, f"diagnosis of {bug.id}"
-
-
 def test_bugs_show_what_their_symptoms_say() -> None:
     """The factor of 1.a; and the property that 1.b leaves alone."""
     assert round((8192 / 5120) ** 0.5, 3) == 1.265
@@ -117,21 +105,4 @@ def test_bugs_show_what_their_symptoms_say() -> None:
 
 
 def test_figures_are_those_that_the_code_draws(tmp_path: Path) -> None:
-    triton = pytest.importorskip("triton", reason="the recorder needs Triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("the recorder needs the interpreter, which is off where there is a GPU")
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("agg")
-    figures = importlib.import_module("chapters.chapter01_layers.figures")
-    with matplotlib.rc_context():
-        figures.main(tmp_path)
-    drawn = sorted(file.name for file in tmp_path.iterdir())
-    assert drawn == sorted(file.name for file in (FOLDER / "figures").iterdir())
-    for name in drawn:
-        assert f"](figures/{name})" in TEXT, f"the text does not show {name}"
-        old = (FOLDER / "figures" / name).read_text(encoding="utf-8")
-        new = (tmp_path / name).read_text(encoding="utf-8")
-        if f"Matplotlib v{matplotlib.__version__}" in old:
-            assert new == old, f"{name} is out of date: run chapters.chapter01_layers.figures"
-        else:  # another version draws the same words and numbers a little differently
-            assert re.findall(r">([^<>\n]+)</text>", new) == re.findall(r">([^<>\n]+)</text>", old)
+    check_figures(1, tmp_path, recorded=True)

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from course_helpers import chapter_folder, check_figures
 
-from chapters import ROOT
 from chapters.chapter04_flash_attention import prefill, results, toy
-from chapters.machine.manifest import Course
 
-FOLDER = ROOT / "chapters" / "chapter04_flash_attention"
+FOLDER = chapter_folder(4)
 TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
-CHAPTER = Course.load(ROOT).chapters[4]
 REMEDY = "run python -m chapters.chapter04_flash_attention.results --write"
 
 
@@ -93,15 +91,6 @@ def test_say_answers_through_tiles(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown and shown[1].startswith(answers[0])
 
 
-def test_text_has_the_hints_and_diagnoses_of_the_manifest() -> None:
-    folded = re.findall(r"<summary>(.*?)</summary>\n\n(.*?)\n\n</details>", TEXT, re.DOTALL)
-    hints = [text for title, text in folded if title.startswith("Hint ")]
-    assert hints == [hint for task in CHAPTER.tasks for hint in task.hints]
-    for bug in CHAPTER.bugs:
-        assert f"**{bug.id} {bug.title}.** {bug.symptom}" in TEXT, f"symptom of {bug.id}"
-        assert ("Diagnosis", bug.answer) in folded, f"diagnosis of {bug.id}"
-
-
 def test_bugs_show_what_their_texts_say() -> None:
     """The toy's last token under bug 4.a (acc never shrinks) and 4.b (2 for e)."""
     acc = (toy.WEIGHTS.flatten()[:, None] * toy.VALUES).sum(dim=0)
@@ -109,29 +98,6 @@ def test_bugs_show_what_their_texts_say() -> None:
     wrong = 2 ** (toy.SCALE * toy.DOTS.flatten())
     out = (wrong @ toy.VALUES / wrong.sum()).tolist()
     assert [round(x, 2) for x in out] == [4.11, 4.35]
-
-
-def test_figures_are_those_that_the_code_draws(tmp_path: Path) -> None:
-    triton = pytest.importorskip("triton", reason="the recorder needs Triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("the recorder needs the interpreter, which is off where there is a GPU")
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("agg")
-    figures = importlib.import_module("chapters.chapter04_flash_attention.figures")
-    with matplotlib.rc_context():
-        figures.main(tmp_path)
-    drawn = sorted(file.name for file in tmp_path.iterdir())
-    assert drawn == sorted(file.name for file in (FOLDER / "figures").iterdir())
-    for name in drawn:
-        assert f"](figures/{name})" in TEXT, f"the text does not show {name}"
-        old = (FOLDER / "figures" / name).read_text(encoding="utf-8")
-        new = (tmp_path / name).read_text(encoding="utf-8")
-        if f"Matplotlib v{matplotlib.__version__}" in old:
-            assert new == old, (
-                f"{name} is out of date: run chapters.chapter04_flash_attention.figures"
-            )
-        else:  # another version draws the same words and numbers a little differently
-            assert re.findall(r">([^<>\n]+)</text>", new) == re.findall(r">([^<>\n]+)</text>", old)
 
 
 def test_recorded_toy_is_the_table_of_the_text() -> None:
@@ -152,3 +118,7 @@ def test_recorded_toy_is_the_table_of_the_text() -> None:
     visited = figures.visits(rec)
     assert sum(len(visit.tiles) for visit in visited) == toy.VISITED[0]
     assert [visit.rows for visit in visited] == [range(4, 6), range(2, 4), range(0, 2)]
+
+
+def test_figures_are_those_that_the_code_draws(tmp_path: Path) -> None:
+    check_figures(4, tmp_path, recorded=True)

@@ -113,6 +113,17 @@ def test_a_ladder_is_shown_where_there_is_one(monkeypatch, tmp_path):
         front_page.ladders()
 
 
+def test_every_chapter_on_the_ladder_quotes_its_rungs():
+    for number, text in front_page.climbing_texts().items():
+        block = front_page.rungs(number)
+        assert f"<!-- rung -->\n{block}\n<!-- end of rung -->" in _text(text), (
+            f"{text.parent.name}: run python -m chapters.front_page --write"
+        )
+        marked = [line for line in block.split("\n") if line.startswith("> ")]
+        assert marked and all(line[2:].startswith(str(number)) for line in marked)
+    assert "continuous batching" not in front_page.rungs(6)
+
+
 @PAGES
 def test_commands_are_understood(page):
     """As the program itself reads them: every subcommand, option and value."""

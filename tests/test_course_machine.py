@@ -537,6 +537,102 @@ def test_start_refuses_to_leave_a_red_chapter(
     assert (workspace / "minivllm/products.py").exists()
 
 
+def test_start_says_which_tests_are_red(root: Path, say: Callable[..., tuple[int, str]]) -> None:
+    say("start", "1")
+    learn(root, "add", "Counter.count")
+    mine = root / "workspace/minivllm/sums/adding.py"
+    mine.write_text(mine.read_text().replace("return a + b", "return a * b"))
+    code, text = say("start", "2")
+    assert code == 2 and "red: test_add (1.1), test_counter (1.2). `check 1` says why" in text
+    assert "`reset 1.K`" in text and "start 2 --force" in text
+    assert text.count("\n") == 1
+
+
+def change_course(root: Path) -> None:
+    """The course mends what it gives: another limit, another docstring."""
+    file = root / "minivllm/sums/adding.py"
+    file.write_text(SUMS.replace("LIMIT = 10", "LIMIT = 20").replace('"""Counts."""', '"""Up."""'))
+
+
+def test_start_brings_given_code_up_to_date(
+    root: Path, say: Callable[..., tuple[int, str]]
+) -> None:
+    say("start", "1")
+    mine = root / "workspace/minivllm/sums/adding.py"
+    learnt = "def add(a: int, b: int) -> int:\n    # I thought of this.\n    return b + a"
+    mine.write_text(replaced(mine.read_text(), "add", learnt))
+    before = mine.read_text()
+    assert "changed some of the code" not in say("check")[1]
+    change_course(root)
+    assert "`python -m chapters start 1` brings it up to date" in " ".join(say("check")[1].split())
+    assert mine.read_text() == before, "check changes nothing"
+    (root / "minivllm/sums/fresh.py").write_text("new = 1\n")
+    code, text = say("check")
+    assert code == 2 and "fresh.py is missing; `python -m chapters start 1` puts it" in text
+
+    code, text = say("start", "1")
+    assert code == 0 and "up to date with the course  workspace/minivllm/sums/adding.py" in text
+    after = mine.read_text()
+    assert "LIMIT = 20" in after and '"""Up."""' in after
+    assert text_of(after, "add") == learnt, "an exercise stays word for word"
+    assert is_blank(after, "Counter.count", "1.2")
+    assert (mine.parent / "fresh.py").read_text() == "new = 1\n"
+    (backup,) = (root / "workspace/.backups").iterdir()
+    assert (backup / "minivllm/sums/adding.py").read_text() == before
+    code, text = say("start", "1")
+    assert code == 0 and "nothing was changed" in text
+
+    # On the way to the next chapter as well, and also if that is refused.
+    (root / "minivllm/sums/adding.py").write_text(SUMS)
+    code, text = say("start", "2")
+    assert code == 2 and "(1.2 to write)" in text
+    assert "(Brought up to date with the course: minivllm/sums/adding.py)" in text
+    assert "LIMIT = 10" in mine.read_text()
+
+
+def test_start_leaves_alone_what_the_learner_changed(
+    root: Path, say: Callable[..., tuple[int, str]]
+) -> None:
+    say("start", "1")
+    learn(root, "add", "Counter.count")  # and a note at the file's end
+    mine = root / "workspace/minivllm/sums/adding.py"
+    before = mine.read_text()
+    change_course(root)
+    test = root / "tests/test_chapter01_sums.py"
+    test.write_text(
+        f"{SUMS_TEST}\n\ndef test_limit():\n    import minivllm.sums.adding as adding\n"
+        "    assert adding.LIMIT == 20\n"
+    )
+    code, text = say("start", "2")
+    assert code == 2 and "red: test_limit." in text and mine.read_text() == before
+    assert "apart from its exercises: workspace/minivllm/sums/adding.py" in text
+    assert "delete it and say `start 1`" in text
+
+    # Notes from before frames were noted: nobody can tell, so nothing is touched.
+    notes = root / "workspace/.progress.json"
+    kept = json.loads(notes.read_text())
+    del kept["frames"]
+    notes.write_text(json.dumps(kept))
+    code, text = say("start", "2")
+    assert code == 2 and mine.read_text() == before
+
+
+def test_check_of_one_task(root: Path, say: Callable[..., tuple[int, str]]) -> None:
+    say("start", "1")
+    learn(root, "add")
+    code, text = say("check", "1.1")
+    assert code == 0 and "1.1  Adding  green" in text and "Counting" not in text
+    assert "1 of 1 tests of this task pass." in text and "is done" not in text
+    code, text = say("check", "1.2")
+    assert code == 1 and "test_counter" in text and "1.1" not in text
+    progress = Progress.load(root / "workspace")
+    assert progress is not None and list(progress.green) == ["1.1"] and not progress.finished
+    code, text = say("check", "1.7")
+    assert code == 2 and "there is no task 1.7; chapter 1 has 1.1, 1.2" in text
+    code, text = say("check", "one")
+    assert code == 2 and "'one' is no chapter" in text
+
+
 def test_start_never_overwrites_wrong_code_without_force(
     root: Path, say: Callable[..., tuple[int, str]]
 ) -> None:
@@ -634,10 +730,17 @@ def test_reset_makes_one_task_blank(root: Path, say: Callable[..., tuple[int, st
         (("start", "7"), "there is no chapter 7; chapters 1 to 2 are written"),
         (("start", "0"), "there is no chapter 0"),
         (("start", "3"), "chapter 3 (Powers) is not written yet"),
-        (("start", "one"), "invalid int value: 'one'"),
+        (("start", "one"), "'one' is no chapter; a chapter is written like 4"),
+        (("start", "1.1"), "1.1 is a task; start 1 begins its chapter"),
+        (("diff", "1.2"), "1.2 is a task; diff 1 shows what its chapter adds"),
+        (("check", "1.x"), "there is no workspace yet"),
         (("start",), "required: N"),
         (("hint", "1.9"), "there is no task 1.9; chapter 1 has 1.1, 1.2"),
         (("solution", "one"), "'one' is no task"),
+        (("hint", "1"), "1 is a chapter; name one of its tasks: 1.1, 1.2"),
+        (("solution", "1"), "1 is a chapter; name one of its tasks: 1.1, 1.2"),
+        (("reset", "2"), "2 is a chapter; name one of its tasks: 2.1"),
+        (("reset", "7"), "'7' is no task"),
         (("diff", "3"), "not written yet"),
         (("dance",), "invalid choice: 'dance'"),
     ],
@@ -679,7 +782,8 @@ def test_half_written_and_damaged_workspaces(
     code, text = say("check")
     assert code == 2 and ".progress.json is missing" in text
     assert say("start", "1")[0] == 0 and mine.read_text() == SUMS
-    assert Progress.load(workspace) == Progress(1)
+    noted = Progress.load(workspace)
+    assert noted is not None and noted == Progress(1, frames=noted.frames)
 
 
 def test_tests_that_cannot_be_collected_are_reported_once(
@@ -855,6 +959,8 @@ def test_shell_lines_are_found_in_console_blocks_alone() -> None:
 def test_progress_is_plain_json(root: Path, say: Callable[..., tuple[int, str]]) -> None:
     say("start", "1")
     notes = json.loads((root / "workspace/.progress.json").read_text())
+    names = ("__init__", "sums/__init__", "sums/adding")
+    assert set(notes.pop("frames")) == {f"minivllm/{name}.py" for name in names}
     assert notes == {"chapter": 1, "green": {}, "given": [], "hints": {}, "finished": {}}
 
 

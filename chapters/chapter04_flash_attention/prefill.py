@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chapters.chapter02_qwen3_model.say import choose_package
+from chapters.machine.asking import choose_package
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 16, 8, 128
 SCALE = HEAD_SIZE**-0.5

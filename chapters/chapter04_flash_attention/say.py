@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from chapters import ROOT
-from chapters.chapter02_qwen3_model.say import QUESTION, choose_package, print_as_it_comes
+from chapters.machine import asking
+from chapters.machine.asking import QUESTION
 
 
 def chosen_form(kernel: bool, tile: int) -> Callable[..., Any]:
@@ -79,24 +80,8 @@ def say(arguments: argparse.Namespace) -> None:
     import torch
 
     form = chosen_form(arguments.kernel, arguments.tile)
-    from minivllm.models.hub import model_folder
-    from minivllm.models.loader import load_model
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.model is None:
-        # The embedded model is too small for a second thread to help.
-        torch.set_num_threads(1)
-    # A CPU computes fastest in float32; a GPU takes the checkpoint's own dtype.
-    dtype = torch.float32 if device == "cpu" else None
-    folder = model_folder(arguments.model)
-    model = load_model(folder, dtype=dtype, device=device)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    chat = [{"role": "user", "content": arguments.question}]
-    prompt = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_dict=True, enable_thinking=False
-    )["input_ids"]
+    model, tokenizer = asking.load(arguments.model)
+    prompt = asking.chat_prompt(tokenizer, arguments.question)
     calls: list[tuple[int, float]] = []
 
     def counted(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -106,9 +91,7 @@ def say(arguments: argparse.Namespace) -> None:
         return out
 
     answer = generate(model, prompt, arguments.max_tokens, counted)
-    tokens, _ = print_as_it_comes(
-        answer, lambda found: tokenizer.decode(found, skip_special_tokens=True)
-    )
+    tokens, _ = asking.print_as_it_comes(answer, asking.decoder(tokenizer))
     how = "the kernel" if arguments.kernel else f"tiles of {arguments.tile}"
     print(
         f"\n{calls[0][0]} prompt tokens through {how} in {len(calls)} layers, "
@@ -117,21 +100,11 @@ def say(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = asking.ask_parser(__doc__)
     parser.add_argument("question", nargs="?", default=QUESTION)
-    parser.add_argument("--model", help="a folder or a name on the hub; the embedded model if none")
-    parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--tile", type=int, default=16, help="queries and keys a step (16)")
     parser.add_argument("--kernel", action="store_true", help="the Triton kernel")
-    parser.add_argument("--workspace", action="store_true", help="run your own code")
-    arguments = parser.parse_args(argv)
-    try:
-        choose_package(arguments.workspace)
-        say(arguments)
-    except (ValueError, NotImplementedError, ImportError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return asking.run(say, parser, argv)
 
 
 if __name__ == "__main__":

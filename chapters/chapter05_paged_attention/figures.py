@@ -86,7 +86,8 @@ def draw_tables(store: Recorder, decode: Recorder) -> Figure:
         _cell(ax, x, -3.6, colour, str(block), width=1.2)
         ax.plot(
             (x + 0.6, x + 0.6, left[block] + size / 2, left[block] + size / 2),
-            (-2.6, -1.9 + 0.45 * seq, -1.2 + 0.2 * seq, -0.05),
+            # A later entry turns off higher up, so that no corner lies on another entry's line.
+            (-2.6, -1.7 + 0.25 * seq - 0.5 * entry, -1.0 + 0.2 * seq - 0.5 * entry, -0.05),
             color=colour,
             lw=1.4,
         )
@@ -248,7 +249,7 @@ def draw_weights() -> Figure:
     ax.set_xticks(range(6), [f"A{token}" for token in range(6)])
     ax.set_ylabel("exp(score)")
     ax.grid(axis="y")
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
 
-from chapters.chapter02_qwen3_model.say import choose_package
+from chapters.machine.asking import choose_package
 
 if TYPE_CHECKING:
     from minivllm.engine.events import Event

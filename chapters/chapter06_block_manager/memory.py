@@ -14,7 +14,6 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chapters.chapter02_qwen3_model.say import choose_package
 from chapters.chapter03_naive_attention.memory import (
     GIB,
     MODELS,
@@ -22,6 +21,7 @@ from chapters.chapter03_naive_attention.memory import (
     share_used,
     workload,
 )
+from chapters.machine.asking import choose_package
 
 if TYPE_CHECKING:
     from minivllm.engine.block_manager import BlockManager

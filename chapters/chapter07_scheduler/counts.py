@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
-from chapters.chapter02_qwen3_model.say import choose_package
 from chapters.chapter03_naive_attention.memory import GIB, workload
 from chapters.chapter06_block_manager.memory import MAX_LEN, POOL_GIB, SYSTEM_TOKENS, TOKEN
 from chapters.chapter06_block_manager.memory import run as run_driver
+from chapters.machine.asking import choose_package
 
 BLOCK_SIZE, MAX_SEQS, MAX_TOKENS = 16, 256, 4096
 POOL = POOL_GIB * GIB // TOKEN  # tokens

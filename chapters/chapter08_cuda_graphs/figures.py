@@ -193,7 +193,7 @@ def draw_rows(game: toy.Game) -> Figure:
 
 def draw_ladder(most: int = 64) -> Figure:
     """The places that run for each batch size, by the real ladder's choice."""
-    figure, axes = plt.subplots(1, 3, figsize=(9.2, 2.5), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(9.2, 2.7), sharey=True)
     for ax, name in zip(axes, ("only the largest", "powers of two", "ours"), strict=True):
         found = waste.waste_of(waste.LADDERS[name](most))
         batches = list(range(1, most + 1))
@@ -202,7 +202,7 @@ def draw_ladder(most: int = 64) -> Figure:
         ax.fill_between(batches, batches, color=BLUE, alpha=0.75, label="sequences", **look)
         ax.fill_between(batches, batches, total, color=ORANGE, alpha=0.75, label="padding", **look)
         graphs = f"{found.graphs} graph{'s' * (found.graphs > 1)}"
-        ax.set_title(f"{name}: {graphs}, {found.share:.1%} padding", fontsize=8.5)
+        ax.set_title(f"{name}\n{graphs}, {found.share:.1%} padding", fontsize=9)
         ax.set_xlabel("batch", fontsize=9)
         ax.set(xlim=(0.5, most + 0.5), ylim=(0, most * 1.02))
     axes[0].set_ylabel("places that run", fontsize=9)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from chapters.chapter02_qwen3_model.say import choose_package
+from chapters.machine.asking import choose_package
 
 if TYPE_CHECKING:
     from chapters.chapter08_cuda_graphs.toy import Game, Note

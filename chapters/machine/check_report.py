@@ -21,11 +21,14 @@ def print_check(
     report: Report,
     explained: Container[str],
     following: int | None,
+    *,
+    only: bool = False,
 ) -> None:
     """Print how the tasks of ``chapter`` stand.
 
     explained: ids of tasks that were green before; their paragraph is not printed again.
     following: the chapter to go on with, None if it is begun already or this is the last one.
+    only: the tests of one task ran, and no others.
     """
     title = screen.paint(f"Chapter {chapter.number}: {chapter.title}", "bold")
     screen.line(f"{title}, tested on {FOLDER}/minivllm")
@@ -58,7 +61,7 @@ def print_check(
         if found.status == "red":
             screen.line(f"       python -m chapters hint {found.task.id}")
     _print_others(screen, standings, report)
-    _print_summary(screen, chapter, standings, report, following)
+    _print_summary(screen, chapter, standings, report, following, only=only)
 
 
 def short(message: str, width: int, text: str = "") -> list[str]:
@@ -116,6 +119,8 @@ def _print_summary(
     standings: Sequence[Standing],
     report: Report,
     following: int | None,
+    *,
+    only: bool,
 ) -> None:
     passed = sum(outcome.status == "passed" for outcome in report.outcomes)
     ran = sum(outcome.status != "skipped" for outcome in report.outcomes)
@@ -124,7 +129,10 @@ def _print_summary(
     if standings:
         tests = f"{green} of {len(standings)} tasks green, {tests}"
     screen.line()
-    if is_green(standings, report):
+    if only:
+        screen.line(f"{passed} of {ran} tests of this task pass.")
+        screen.line(f"All of the chapter:  python -m chapters check {chapter.number}")
+    elif is_green(standings, report):
         done = screen.paint(f"Chapter {chapter.number} is done", "green", "bold")
         screen.line(f"{done}: {tests}.")
         if following is not None:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from chapters.machine.check_report import print_check
 from chapters.machine.manifest import Chapter, Course, CourseError
 from chapters.machine.outline import public_names
 from chapters.machine.progress import Progress
+from chapters.machine.refresh import plan
 from chapters.machine.screen import Screen
 from chapters.machine.source import find, text_of
 from chapters.machine.standing import is_green
@@ -24,7 +26,7 @@ ABOUT = """\
 Learn how an inference engine works by building one, chapter by chapter.
 
   python -m chapters start 1      make your own workspace/ with chapter 1's exercises
-  python -m chapters check        test what you wrote
+  python -m chapters check        test what you wrote; check 1.1: one task of it
   python -m chapters hint 1.1     a first hint for task 1.1; again for the next
 """
 
@@ -46,8 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("list", help="the chapters, and what you have done of them")
 
-    start = commands.add_parser("start", help="make or advance your workspace to chapter N")
-    start.add_argument("chapter", metavar="N", type=int)
+    start = commands.add_parser(
+        "start", help="make or advance your workspace to chapter N, bring given code up to date"
+    )
+    start.add_argument("chapter", metavar="N")
     start.add_argument(
         "--solved", action="store_true", help="fill earlier exercises that are still blank"
     )
@@ -56,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     check = commands.add_parser("check", help="run a chapter's tests on your workspace")
-    check.add_argument("chapter", metavar="N", type=int, nargs="?")
+    check.add_argument("chapter", metavar="N", nargs="?", help="a chapter, or one task of it: N.K")
     check.add_argument("--why", action="store_true", help="explain every green task once more")
 
     hint = commands.add_parser("hint", help="a hint for a task; each call says more")
@@ -67,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     solution.add_argument("task", metavar="N.K")
 
     diff = commands.add_parser("diff", help="what a chapter adds to the package")
-    diff.add_argument("chapter", metavar="N", type=int)
+    diff.add_argument("chapter", metavar="N")
     diff.add_argument("--patch", action="store_true", help="the code itself, as a patch")
 
     reset = commands.add_parser("reset", help="make a task blank again, with a backup")
@@ -139,10 +143,10 @@ def _count(number: int, noun: str) -> str:
 
 def _start(course: Course, screen: Screen, arguments: argparse.Namespace) -> int:
     workspace = Workspace(course)
-    chapter = course.chapter(arguments.chapter)
+    chapter = course.chapter(chapter_number(arguments.chapter, "start {0} begins its chapter"))
     change = Start(workspace, chapter.number, arguments.solved, arguments.force).run()
     screen.line(screen.paint(f"Chapter {chapter.number}: {chapter.title}", "bold"))
-    if not change.written and not change.removed:
+    if not change.written and not change.removed and not change.refreshed:
         screen.line("Everything is there already; nothing was changed.")
     _print_change(screen, change)
     if change.given:
@@ -162,6 +166,8 @@ def _start(course: Course, screen: Screen, arguments: argparse.Namespace) -> int
 
 
 def _print_change(screen: Screen, change: Change) -> None:
+    for name in change.refreshed:
+        screen.line(f"  brought up to date with the course  {FOLDER}/{name}")
     for name in change.written:
         screen.line(f"  wrote    {FOLDER}/{name}")
     for name in change.removed:
@@ -174,15 +180,39 @@ def _print_change(screen: Screen, change: Change) -> None:
 def _check(course: Course, screen: Screen, arguments: argparse.Namespace) -> int:
     workspace = Workspace(course)
     before = workspace.progress()
-    number = before.chapter if arguments.chapter is None else arguments.chapter
-    chapter = course.chapter(number)
+    asked, only = arguments.chapter, None
+    if asked is None:
+        chapter = course.chapter(before.chapter)
+    elif "." in asked:
+        chapter, only = course.task(asked)
+    else:
+        chapter = course.chapter(chapter_number(asked))
+    number = chapter.number
     if screen.is_terminal:
         print("running the tests ...", end="\r", flush=True)
-    standings, report = workspace.check(number)
+    standings, report = workspace.check(number, only)
     explained = {} if arguments.why else before.green
     following = number + 1 if course.files(number + 1) and number == before.chapter else None
-    print_check(screen, chapter, standings, report, explained, following)
+    print_check(screen, chapter, standings, report, explained, following, only=only is not None)
+    if plan(course, workspace.files(), before).files:
+        screen.paragraph(
+            "The course has changed some of the code that it gave you; `python -m chapters start "
+            f"{before.chapter}` brings it up to date and leaves your exercises as they are."
+        )
     return 0 if is_green(standings, report) else 1
+
+
+def chapter_number(text: str, remedy: str = "") -> int:
+    """The chapter that a word on the command line names; CourseError with the way out if none.
+
+    remedy: what to say to a task, {0} its chapter and {1} its id.
+    """
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    task = re.fullmatch(r"(\d+)\.\d+", text)
+    if task and remedy:
+        raise CourseError(f"{text} is a task; {remedy.format(task[1], text)}")
+    raise CourseError(f"{text!r} is no chapter; a chapter is written like 4, a task like 4.1")
 
 
 def _hint(course: Course, screen: Screen, arguments: argparse.Namespace) -> int:
@@ -226,7 +256,8 @@ def _solution(course: Course, screen: Screen, arguments: argparse.Namespace) -> 
 
 
 def _diff(course: Course, screen: Screen, arguments: argparse.Namespace) -> int:
-    chapter = course.chapter(arguments.chapter)
+    remedy = "diff {0} shows what its chapter adds, solution {1} how the reference solves it"
+    chapter = course.chapter(chapter_number(arguments.chapter, remedy))
     names = course.files(chapter.number)
     if arguments.patch:
         for name in names:

@@ -129,7 +129,11 @@ class Course:
     def task(self, task_id: str) -> tuple[Chapter, Task]:
         """The task with this id and its chapter."""
         if not re.fullmatch(r"\d+\.\d+", task_id):
-            raise CourseError(f"{task_id!r} is no task; a task is written like 1.2")
+            number = int(task_id) if re.fullmatch(r"\d+", task_id) else 0
+            if number not in self.chapters:
+                raise CourseError(f"{task_id!r} is no task; a task is written like 1.2")
+            tasks = ", ".join(task.id for task in self.chapter(number).tasks) or "no tasks yet"
+            raise CourseError(f"{task_id} is a chapter; name one of its tasks: {tasks}")
         chapter = self.chapter(int(task_id.split(".")[0]))
         for task in chapter.tasks:
             if task.id == task_id:

@@ -16,6 +16,7 @@ class Progress:
 
     green: tasks that passed, with the day; given: tasks filled in from the reference.
     hints: how many hints of a task were read. finished: chapter -> digest of the code that passed.
+    frames: file -> digest of what the course gave of it, see ``refresh``.
     """
 
     chapter: int
@@ -23,6 +24,7 @@ class Progress:
     given: list[str] = field(default_factory=list)
     hints: dict[str, int] = field(default_factory=dict)
     finished: dict[str, str] = field(default_factory=dict)
+    frames: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> "Progress | None":
@@ -55,7 +57,9 @@ class Progress:
 def _check(progress: Progress) -> None:
     good = (
         isinstance(progress.chapter, int)
-        and all(isinstance(part, dict) for part in (progress.green, progress.hints))
+        and all(
+            isinstance(part, dict) for part in (progress.green, progress.hints, progress.frames)
+        )
         and isinstance(progress.given, list)
         and isinstance(progress.finished, dict)
         and all(isinstance(count, int) for count in progress.hints.values())

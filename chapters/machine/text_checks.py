@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from chapters.machine.cli import build_parser
+from chapters.machine.cli import build_parser, chapter_number
 from chapters.machine.manifest import Course, CourseError
 from chapters.machine.texts import opened_fence, quoted
 
@@ -135,7 +135,10 @@ def _python_problem(course: Course, words: list[str]) -> str | None:
         file = base / "__main__.py" if base.is_dir() else base.with_suffix(".py")
         if not file.is_file():
             return f"there is no module {' '.join(words[1:2])}"
-        return _unknown_options([file], words[2:])
+        files = [file]
+        if "ask_parser(" in file.read_text(encoding="utf-8"):  # it has the shared options, too
+            files.append(course.root / "chapters/machine/asking.py")
+        return _unknown_options(files, words[2:])
     if words and words[0] == "-c":
         return None
     return _missing_paths(course, words[:1])
@@ -146,8 +149,11 @@ def _chapters_problem(course: Course, words: list[str]) -> str | None:
         return None
     try:
         arguments = build_parser().parse_args(words)
-        if getattr(arguments, "chapter", None) is not None:
-            course.chapter(arguments.chapter)
+        chapter = getattr(arguments, "chapter", None)
+        if chapter is not None and arguments.command == "check" and "." in chapter:
+            course.task(chapter)
+        elif chapter is not None:
+            course.chapter(chapter_number(chapter))
         if getattr(arguments, "task", None) is not None:
             course.task(arguments.task)
     except CourseError as error:

@@ -10,7 +10,8 @@ from pathlib import Path
 from chapters.machine.manifest import PACKAGE, Course, CourseError, Task
 from chapters.machine.package import ASSETS, starter, with_blanks, with_solutions, write
 from chapters.machine.progress import FILE, Progress
-from chapters.machine.runner import Report, run_tests
+from chapters.machine.refresh import note, tasks_in
+from chapters.machine.runner import Report, node_ids, run_tests
 from chapters.machine.source import SourceError, find, parse
 from chapters.machine.standing import Standing, is_green, standing
 
@@ -22,11 +23,13 @@ BACKUPS = ".backups"
 class Change:
     """What a command did. written, removed: files, by their path in the workspace.
 
+    refreshed: files of which the given code was brought up to date.
     given: tasks filled in from the reference; backup: the folder that keeps what was there before.
     """
 
     written: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    refreshed: list[str] = field(default_factory=list)
     given: list[Task] = field(default_factory=list)
     backup: Path | None = None
 
@@ -88,7 +91,7 @@ class Workspace:
         try:
             parse(files[name])
         except SourceError as error:
-            tasks = self.tasks_in(name)
+            tasks = tasks_in(self.course, name)
             way_out = (
                 f", or let `python -m chapters reset {tasks[0].id} --force` give the file anew "
                 "(a backup is kept)"
@@ -101,17 +104,11 @@ class Workspace:
         """The tasks of a chapter; none where there is no such chapter."""
         return self.course.chapters[number].tasks if number in self.course.chapters else ()
 
-    def tasks_in(self, file: str) -> list[Task]:
-        """The tasks that have a target in ``file``."""
-        return [
-            task
-            for number in self.course.chapters
-            for task in self.tasks(number)
-            if any(target.file == file for target in task.targets)
-        ]
+    def check(self, number: int, only: Task | None = None) -> tuple[list[Standing], Report]:
+        """Run the tests of chapter ``number`` on the workspace, and note what is green.
 
-    def check(self, number: int) -> tuple[list[Standing], Report]:
-        """Run the tests of chapter ``number`` on the workspace, and note what is green."""
+        only: run the tests of this task alone.
+        """
         chapter = self.course.chapter(number)
         progress = self.progress()
         if number > progress.chapter:
@@ -121,17 +118,20 @@ class Workspace:
             )
         files = self.files()
         self.refuse_broken_files(files, number, progress.chapter)
-        report = run_tests(self.course, self.folder, chapter.tests)
-        standings = [standing(files, task, report) for task in chapter.tasks]
+        tests = chapter.tests if only is None else node_ids(self.course, chapter, only.tests)
+        report = run_tests(self.course, self.folder, tests)
+        tasks = chapter.tasks if only is None else (only,)
+        standings = [standing(files, task, report) for task in tasks]
         today = datetime.date.today().isoformat()
         for found in standings:
             if found.status == "red":
                 progress.green.pop(found.task.id, None)
             else:
                 progress.green.setdefault(found.task.id, today)
-        progress.finished.pop(str(number), None)
-        if is_green(standings, report):
-            progress.finished[str(number)] = self.digest(files, number)
+        if only is None:
+            progress.finished.pop(str(number), None)
+            if is_green(standings, report):
+                progress.finished[str(number)] = self.digest(files, number)
         progress.save(self.folder)
         return standings, report
 
@@ -153,12 +153,14 @@ class Workspace:
         again = [task]
         if force:
             planned = starter(self.course, chapter.number)
-            again = [found for name in names for found in self.tasks_in(name)]
+            again = [found for name in names for found in tasks_in(self.course, name)]
         else:
             self._refuse_lost_targets(files, task)
             planned = with_blanks(with_solutions(self.course, files, [task]), [task])
         change = Change(written=names, backup=self.back_up())
-        write(self.course, {name: planned[name] for name in names}, self.folder)
+        fresh = {name: planned[name] for name in names}
+        write(self.course, fresh, self.folder)
+        note(self.course, progress, fresh)
         for lost in again:
             progress.green.pop(lost.id, None)
             if lost.id in progress.given:

@@ -1,0 +1,1 @@
+"""Chapter 9: tensor parallelism, one model on many GPUs."""
