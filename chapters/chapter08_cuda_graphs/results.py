@@ -2,8 +2,9 @@
 
     python -m chapters.chapter08_cuda_graphs.results    # writes them into README.md
 
-``minivllm bench throughput --profile --output FILE`` and ``minivllm bench latency --output FILE``
-make the reports. No figure of theirs stands anywhere else in the text.
+``minivllm bench throughput --profile --output FILE``, ``minivllm bench latency --output FILE`` and
+``python -m minivllm.benchmarks.forward --output FILE`` make the reports. No figure of theirs stands
+anywhere else in the text.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 THROUGHPUT, LATENCY = FOLDER / "throughput_h200.json", FOLDER / "latency_h200.json"
+FORWARD = FOLDER / "forward_h200.json"
 # What earlier chapters measured on the same kind of GPU.
 FORMS = FOLDER.parent / "chapter01_layers" / "forms_gpu.json"
 STEPS = FOLDER.parent / "chapter03_naive_attention" / "steps_gpu.json"
@@ -113,6 +115,16 @@ def _part(profile: dict[str, Any], part: str) -> str:
     return "–" if sum(parts.values()) > 1.02 * busy else f"{parts.get(part, 0):.3f}"
 
 
+def folding() -> str:
+    """What two kernels a layer fewer bring, in a sentence."""
+    report = read(FORWARD)
+    step = report["records"][0]
+    return (
+        f"- Folded norms: a step of {step['step'].split(',')[0]} takes {step['ms']['folded']:.2f} "
+        f"ms instead of {step['ms']['fused']:.2f} ({of(report)})."
+    )
+
+
 def speed() -> str:
     """Latency and throughput, in a table and a few lines."""
     fast, slow = read(THROUGHPUT), read(LATENCY)
@@ -133,6 +145,7 @@ def speed() -> str:
         f"- The host's half of a step: {host_ms():.2f} ms, while the GPU runs the step before.",
         f"- {len(graphs['sizes'])} graphs were recorded in {graphs['seconds']:.1f} s and take "
         f"{graphs['num_bytes'] / 2**20:.0f} MiB.",
+        folding(),
     ]
     return "\n".join(lines)
 
