@@ -1,6 +1,7 @@
 """The main job: 60 chat prompts through the engine, and a summary a person can read."""
 
 import json
+import math
 import statistics
 import textwrap
 import time
@@ -13,6 +14,7 @@ import torch
 from minivllm.engine.outputs import EngineStats, RequestOutput
 from minivllm.engine.sampling_params import SamplingParams
 from minivllm.llm import LLM
+from minivllm.models.loader import checkpoint_sources
 from minivllm.prompts import DEMO_PROMPTS
 
 
@@ -59,7 +61,8 @@ def describe(llm: LLM) -> str:
     runner = engine.runner
     assert runner is not None
     weight = runner.model.lm_head.weight
-    parameters = sum(parameter.numel() for parameter in runner.model.parameters())
+    # Of the whole model, of which a rank holds a share.
+    parameters = sum(math.prod(source.shape) for source in checkpoint_sources(runner.model))
     name = engine.config.model or "the embedded tiny Qwen3"
     where = str(runner.device)
     if runner.device.type == "cuda":

@@ -94,6 +94,18 @@ def test_of_two_fused_matrices_each_is_cut_by_itself() -> None:
     assert layer.weight[:, 0].tolist() == [2, 3, 20, 30]
 
 
+def test_biases_are_cut_like_the_rows_they_belong_to() -> None:
+    share = QKVLinear(3, 2, 1, 2, bias=True, **FLOAT)
+    layer = QKVParallelLinear(share, group_of(1, 2), 2)
+    sources = {source.name: source for source in layer.checkpoint_sources("attn.qkv_proj")}
+    for part, count in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4)):
+        bias = sources[f"attn.{part}.bias"]
+        assert bias.shape == (count,), f"{part}.bias of the checkpoint is [{count}]"
+        bias.target.copy_(torch.arange(float(count))[bias.index])
+    assert layer.bias is not None
+    assert layer.bias.tolist() == [4, 5, 6, 7, 2, 3, 2, 3], "the second half of each part's bias"
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "size", "kv_of_ranks"),
     [
@@ -126,11 +138,11 @@ def test_a_rank_has_the_kv_heads_of_its_query_heads(
         q, k, v = layer.split(layer.weight.sum(dim=1)[None] / hidden)
         queries = list(range(rank * own, (rank + 1) * own))
         assert q[0, :, 0].tolist() == queries, f"query heads of rank {rank}"
-        found = [k[0, :, 0].tolist(), v[0, :, 0].tolist()]
+        found = [k[0, :, 0].int().tolist(), v[0, :, 0].int().tolist()]
         wanted = kv_of_ranks[rank]
         assert found == [wanted, wanted], (
             f"{size} ranks, {kv_heads} KV heads: rank {rank} has queries {queries}, "
-            f"which look at KV heads {wanted}"
+            f"which look at KV heads {wanted}; its k and v are of {found[0]} and {found[1]}"
         )
 
 
@@ -206,7 +218,10 @@ def test_what_is_looked_up_for_others_does_not_count() -> None:
             embedding.weight[0] = float("inf")
         return embedding(torch.tensor([0, 1, 2, 4])).tolist()
 
-    assert on_ranks(2, work)[0] == [toy.TABLE[[0, 1, 2, 4]].tolist()] * 2
+    for vectors in on_ranks(2, work)[0]:
+        assert vectors == toy.TABLE[[0, 1, 2, 4]].tolist(), (
+            "what a rank finds for a token that is not its own (here inf and NaN) must not count"
+        )
 
 
 # ------------------------------------------------------------------ 9.4: a token of all ranks
@@ -329,8 +344,14 @@ def stream() -> bytes:
 @pytest.mark.parametrize("most", [1, 3, 1000, 1 << 20])
 def test_frames_come_in_pieces(most: int) -> None:
     link = Link(Pipe(stream(), most))  # type: ignore[arg-type]
-    received = [link.receive() for _ in FRAMES]
-    assert received == FRAMES, f"recv gave at most {most} bytes at a time"
+    for number, (kind, payload) in enumerate(FRAMES):
+        received = link.receive()
+        assert received is not None, (
+            f"frame {number}, with a payload of {len(payload)} bytes, is not the end"
+        )
+        assert received == (kind, payload), (
+            f"frame {number}, of {len(payload)} bytes, by a recv that gave at most {most} at a time"
+        )
     assert link.receive() is None, "the other end is gone"
 
 

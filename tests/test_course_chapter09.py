@@ -60,6 +60,7 @@ def test_the_gpus_report_may_hold_several_models(monkeypatch):
     facts["throughput"] = {"requests": 64, "output_tokens_per_s": 1000.0}
     faster = {"1": {"ms_per_token": 2.0, "communication_ms": 0.5, "limit_ms": 1.25}}
     faster["throughput"] = {"requests": 64, "output_tokens_per_s": 3500.0}
+    us = [12.0, 13.0], [4.0, 5.0]
     report = {
         "device": "A GPU",
         "date": "2026-11-21 01:02 UTC",
@@ -67,7 +68,7 @@ def test_the_gpus_report_may_hold_several_models(monkeypatch):
         "others": {"Qwen3-32B": {"ranks": {"4": faster, "1": facts}}},
         "model": "Qwen3-8B",
         "ranks": {"2": facts, "1": facts},
-        "exchange": {"4": {"us": {"rows": [1, 8], "nccl": [12.0, 13.0], "one-shot sum": [4.0, 5]}}},
+        "exchange": {"4": {"us": {"rows": [1, 8], **dict(zip(results.SUMS, us, strict=True))}}},
     }
     monkeypatch.setattr(results, "read", lambda file: report)
     assert [part["model"] for part in results.reports()] == ["Qwen3-8B", "Qwen3-32B"]

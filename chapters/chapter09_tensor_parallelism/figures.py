@@ -192,10 +192,12 @@ def _draw_tensor(
         edges = [span.indices(n)[:2] for span, n in zip(spans, (rows, columns), strict=True)]
         owners.setdefault(tuple(edges), []).append(rank)
     for ((top, bottom), (left, right)), ranks in owners.items():
-        part = (right - left) * scale / len(ranks)
-        for stripe, rank in enumerate(ranks):
+        # So many stripes that nobody takes them for columns.
+        stripes = len(ranks) * (6 if len(ranks) > 1 else 1)
+        part = (right - left) * scale / stripes
+        for stripe in range(stripes):
             at = x + left * scale + stripe * part, y + top * scale
-            look = {"fc": RANKS[rank], "ec": "none", "alpha": 0.9}
+            look = {"fc": RANKS[ranks[stripe % len(ranks)]], "ec": "none", "alpha": 0.9}
             ax.add_patch(Rectangle(at, part, (bottom - top) * scale, **look))
     label = name.removesuffix(".weight").rpartition(".")[2]
     ax.text(x + width / 2, y - 0.1, label, ha="center", va="bottom", fontsize=9, weight="bold")
@@ -373,14 +375,14 @@ def draw_gpus(reports: Sequence[dict[str, Any]]) -> Figure:
 
 
 def draw_sums(found: dict[int, dict[str, list[float]]]) -> Figure | None:
-    """Microseconds a sum of so many tokens, alone in a graph; None if nobody has measured it."""
+    """Microseconds a sum, addition and norm of so many tokens; None if nobody has measured it."""
     if not found:
         return None
     figure, axes = plt.subplots(1, len(found), figsize=(4.3 * len(found), 2.8), squeeze=False)
     for ax, (size, us) in zip(axes[0], found.items(), strict=True):
-        for name, label in (("nccl", "NCCL"), ("one-shot sum", "one launch of our own")):
+        for name, label in results.SUMS.items():
             ax.plot(us["rows"], us[name], marker="o", ms=4, label=label)
-        ax.set(xlabel="tokens", ylabel="us a sum", xscale="log", ylim=(0, None))
+        ax.set(xlabel="tokens", ylabel="µs a sum", xscale="log", ylim=(0, None))
         ax.set_xticks(us["rows"], [str(rows) for rows in us["rows"]])
         ax.set_title(f"{size} GPUs")
         ax.minorticks_off()
@@ -396,7 +398,7 @@ def draw_wait(name: str, gpus: Sequence[int], waits_us: Sequence[float]) -> Figu
     for wait in waits_us:
         exchanges = results.exchanges(name) * wait / 1e3
         times = [results.least_ms(name, n) + exchanges * (n > 1) for n in gpus]
-        ax.plot(gpus, times, marker="o", ms=4, label=f"{wait:g} us an exchange")
+        ax.plot(gpus, times, marker="o", ms=4, label=f"{wait:g} µs an exchange")
     ax.set(xlabel="GPUs", ylabel="ms a token", ylim=(0, None))
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(gpus), [str(n) for n in gpus])

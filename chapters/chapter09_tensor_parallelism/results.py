@@ -147,12 +147,23 @@ def _agreement() -> str:
     equal = read(GPUS).get("float32", {}).get("equal", {})
     if len(equal) > 1 and all(all(kinds.values()) for kinds in equal.values()):
         sizes = " and ".join(sorted(equal, key=int))
-        text += f" In float32 a small model says the same on {sizes} GPUs."
+        text += f" In float32 a small model answers alike on {sizes} GPUs"
+        runs = [facts for report in reports() for facts in report["ranks"].values()]
+        apart = any(facts.get("same_tokens_as_first", 1.0) < 1.0 for facts in runs)
+        text += "; in bfloat16 rounding makes answers part." if apart else "."
     return text
 
 
+# With what a layer does next, the addition to the residual stream and the norm: one behind the
+# other, with no kernel between them, NCCL's sums take twice as long. NCCL's also copy their input.
+SUMS = {
+    "nccl, add and norm": "NCCL, and a kernel",
+    "one-shot add and norm, 16 warps": "one of ours",
+}
+
+
 def sums() -> dict[int, dict[str, list[float]]]:
-    """GPUs -> "rows", tokens of a sum, and microseconds of "nccl" and "one-shot sum" for each."""
+    """GPUs -> "rows", tokens of a sum, and microseconds of both kinds of :data:`SUMS` for each."""
     found = read(GPUS).get("exchange", {})
     return {
         int(size): facts["us"] for size, facts in sorted(found.items(), key=lambda i: int(i[0]))
@@ -162,10 +173,10 @@ def sums() -> dict[int, dict[str, list[float]]]:
 def sums_alone() -> list[str]:
     """What a sum of one token takes, in a sentence, if the report says it."""
     parts = [
-        f"{us['nccl'][0]:.1f} and {us['one-shot sum'][0]:.1f} µs on {size} GPUs"
+        f"{' and '.join(f'{us[name][0]:.1f}' for name in SUMS)} µs on {size} GPUs"
         for size, us in sums().items()
     ]
-    said = "One token's sum alone, with NCCL and in a launch of our own: "
+    said = "One token's sum, addition and norm, with NCCL (and a copy) and in a launch of our own: "
     return ["", f"{said}{'; '.join(parts)}."] if parts else []
 
 
