@@ -106,6 +106,15 @@ except triton.CompilationError as error:
 else:
     raise AssertionError("broken was launched")
 """,
+    "tiles of float32 fit into the shared memory of any GPU": """
+from minivllm.engine.skinny_kernels import skinny_product
+
+Utils.get_device_properties = lambda self, device: {"max_shared_mem": 99 << 10}
+x, weight = torch.zeros(32, 1024), torch.zeros(64, 1024)
+out = torch.zeros(1, 32, 32)
+options = {"block_n": 32, "block_k": 256, "slices": 4}
+assert compile_ahead(lambda: skinny_product(weight, x, out, silu=True, **options)) == 1
+""",
     "threads compile for the GPU that was meant": """
 chosen = []
 torch.cuda.is_available = lambda: True
@@ -115,6 +124,19 @@ for device in (None, torch.device("cuda"), torch.device("cuda:1")):
     block = 16 << len(chosen)
     assert compile_ahead(lambda: twice[(1,)](x, 5, BLOCK=block, GAIN=None), device) == 1
 assert chosen == [3, 3, 1]
+""",
+    "another thread's launches take place": """
+import threading
+
+
+def work():
+    twice[(1,)](x, 5, BLOCK=64, GAIN=None)
+    other = threading.Thread(target=lambda: twice[(1,)](x, 5, BLOCK=32, GAIN=None))
+    other.start()
+    other.join()
+
+
+assert compile_ahead(work) == 1 and launched == ["twice"]
 """,
     "a rehearsal that breaks off is no misfortune": """
 logging.disable()

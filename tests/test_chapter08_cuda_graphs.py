@@ -13,6 +13,7 @@ from helpers import random_prompt, save_checkpoint, tiny_qwen3
 from chapters.chapter08_cuda_graphs import toy
 from chapters.chapter08_cuda_graphs.tape import TapeRecorder
 from minivllm.attention.paged import PagedBatch
+from minivllm.engine import graph_runner
 from minivllm.engine.batches import HostBatch, HostSampling, TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.config import EngineConfig
@@ -27,7 +28,7 @@ from minivllm.engine.device_rows import (
 )
 from minivllm.engine.graph_runner import GraphRunner
 from minivllm.engine.model_runner import ModelRunner
-from minivllm.engine.prompt_graphs import SEQUENCES, TOKENS, PromptGraphs
+from minivllm.engine.prompt_graphs import CONTEXT_OF_DECODES, SEQUENCES, TOKENS, PromptGraphs
 from minivllm.engine.row_table import RowTable
 from minivllm.engine.sampling_params import SamplingParams
 from minivllm.engine.scheduler import Scheduler
@@ -465,15 +466,31 @@ def prompt_graphs(work=None, recorder=None, **most: int) -> PromptGraphs:
 
 
 def test_which_steps_have_a_graph_of_prompts():
-    def fits(graphs: PromptGraphs, count: int, sequences: int) -> bool:
-        return graphs.fits(HostBatch([0] * count, [], [], [1] * sequences, [], []))
+    def fits(graphs: PromptGraphs, count: int, sequences: int, context: int = 1) -> bool:
+        lens = [[1] * sequences, [context] * sequences]
+        return graphs.fits(HostBatch([0] * count, [], [], *lens, []))
 
     graphs = prompt_graphs()
     assert fits(graphs, TOKENS[-1], SEQUENCES)
     assert not fits(graphs, TOKENS[-1] + 1, 1) and not fits(graphs, 20, SEQUENCES + 1)
+    many = CONTEXT_OF_DECODES // 32
+    assert fits(graphs, 40, 32, many) and not fits(graphs, 40, 32, many + 1), "too long to decode"
+    assert graphs.fits(HostBatch([0] * 40, [], [], [40], [10 * CONTEXT_OF_DECODES], []))
     small = prompt_graphs(max_tokens=100, max_seqs=3)
     assert small.ladder.sizes == [16, 24, 32, 48, 64, 96, 128]
     assert fits(small, 100, 3) and not fits(small, 100, 4)
+
+
+def test_graphs_of_prompts_are_small_where_padding_costs_time(model, monkeypatch):
+    runner = make_runner(GraphRunner, model)
+    for settings, small, large in (
+        ({"max_num_seqs": 256, "max_num_batched_tokens": 8192}, (512, 8), (8192, 256)),
+        ({"max_num_seqs": 3, "max_num_batched_tokens": 5}, (5, 3), (5, 3)),
+    ):
+        config = EngineConfig(**settings)
+        for hopper, most in ((False, small), (True, large)):
+            monkeypatch.setattr(graph_runner, "runs_on_hopper", lambda *_, on=hopper: on)
+            assert runner._most_in_prompt_graphs(config, torch.float32) == most
 
 
 def test_padding_of_a_step_with_prompts_is_a_third_at_most():

@@ -15,15 +15,20 @@ STAGES = 2  # tiles of K, and of V, in shared memory
 SEQUENCES_AT_A_TIME = 64  # that the kernel looks at which orders the blocks
 
 
-def fits_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether this kernel can take q [T, H, D] and k, v [rows, G, D] on the device they are on."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+def runs_on_hopper(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether this kernel is for such numbers, on this device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     if os.environ.get("TRITON_INTERPRET") == "1":
         return False
+    return dtype in (torch.float16, torch.bfloat16) and head_size in (64, 128)
+
+
+def fits_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether this kernel can take q [T, H, D] and k, v [rows, G, D] on the device they are on."""
     if q.dim() != 3 or k.dim() < 3 or v.dim() < 3:
         return False
-    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in (64, 128):
+    if not runs_on_hopper(q.device, q.dtype, q.shape[-1]):
         return False
     # The copies want heads side by side, rows that begin at 16 bytes, and 32-bit row numbers.
     return all(

@@ -187,7 +187,11 @@ def paged_decode_whole(
     return out
 
 
-@triton.jit
+# One kernel for all batches, and for those whose first sequences are left out.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "cu_query_lens_ptr", "context_lens_ptr"],
+)
 def paged_prefill_kernel(
     q_ptr,
     k_cache_ptr,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -68,9 +69,12 @@ def _launches_of(rehearse: Callable[[], None]) -> list[Form]:
     from triton import knobs
 
     noted: dict[tuple[int, str], Form] = {}
+    rehearsing = threading.get_ident()
 
     # Triton asks this hook before it compiles, and leaves the launch out if the answer is True.
     def note(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        if threading.get_ident() != rehearsing:
+            return False  # another engine of this process, which means what it launches
         kernel = fn.jit_function
         place = (id(kernel), str(key))
         if place not in noted:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from minivllm.attention.flash_hopper import runs_on_hopper
 from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.engine.batches import (
     HostBatch,
@@ -120,11 +121,12 @@ class GraphRunner(ModelRunner):
 
         self.prompts: PromptGraphs | None = None
         if not self.eager:
+            most_tokens, most_seqs = self._most_in_prompt_graphs(config, dtype)
             self.prompts = PromptGraphs(
                 self._prompt,
                 self.ladder.recorder,
-                max_tokens=config.max_num_batched_tokens,
-                max_seqs=places,
+                max_tokens=most_tokens,
+                max_seqs=most_seqs,
                 max_blocks=max_blocks,
                 vocab_size=self.model_config.vocab_size,
                 dtype=dtype,
@@ -132,6 +134,14 @@ class GraphRunner(ModelRunner):
             )
         if self.device.type == "cuda":
             self._compile_ahead(dtype)
+
+    def _most_in_prompt_graphs(self, config: EngineConfig, dtype: torch.dtype) -> tuple[int, int]:
+        """Up to how many tokens, of how many sequences, a step with prompts comes from a graph."""
+        if runs_on_hopper(self.device, dtype, self.model_config.head_size):
+            return config.max_num_batched_tokens, config.max_num_seqs
+        # Other kernels have a program for every block of every sequence that there might be: with
+        # more room, those that find nothing to do would take longer than the launches that we save.
+        return min(config.max_num_batched_tokens, 512), min(config.max_num_seqs, 8)
 
     def _compile_ahead(self, dtype: torch.dtype) -> None:
         """Compile what the steps to come will launch, before a request has to wait for it."""
@@ -152,8 +162,8 @@ class GraphRunner(ModelRunner):
     def _rehearse(self) -> None:
         """Launch every kernel that a step can need; on nothing but padding."""
         for size in self.ladder.sizes:
-            # Tile sizes change where a power of two is passed.
-            if size & (size - 1) == 0 or size == self.ladder.sizes[-1]:
+            # Tile sizes change where a power of two is passed; how attention is split, anywhere.
+            if size <= 32 or size & (size - 1) == 0 or size == self.ladder.sizes[-1]:
                 self._decode(size)
         if self.prompts is not None:
             self.prompts.run(self.prompts.ladder.sizes[0])

@@ -8,7 +8,8 @@ smallest that holds its tokens, laid out as always:
     slots       [ 0 1 2 3 4 | 64 ..  | -1 ...         ]     padding is written nowhere
     boundaries  [ 0 5 8 8 8 8 8 ... 8 ]                     sequences that are not there are empty
 
-A sequence that decodes beside prompts (``policy="mixed"``) is one with a single new token.
+A sequence that decodes beside prompts (``policy="mixed"``) is one with a single new token. Many of
+them, with long contexts, are better off without a graph, where they have the decode kernel.
 
 Longer steps keep the GPU busy for longer than their launches take, and gain nothing.
 """
@@ -28,6 +29,10 @@ from minivllm.engine.cuda_graphs import GraphLadder, Recorder
 # Each half as large again as the one before or less, so that padding is a third at most.
 TOKENS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 SEQUENCES = 256
+# A decode among prompts is computed as if it had 128 queries. With so many tokens in all their
+# contexts that should still take less time than launching kernels one by one (by the operations of
+# Qwen3-0.6B on an H200; not measured).
+CONTEXT_OF_DECODES = 32_768
 
 # (batch, places of the last tokens int64 [B], logits [B, V]) -> fills the logits
 PromptWork = Callable[[PagedBatch, torch.Tensor, torch.Tensor], None]
@@ -78,10 +83,12 @@ class PromptGraphs:
         self.ladder = GraphLadder(sizes, self.run, recorder)
 
     def fits(self, batch: HostBatch) -> bool:
-        """Whether a recorded step can hold this batch."""
+        """Whether a recorded step can hold this batch, and is not the slower way."""
+        lengths = zip(batch.query_lens, batch.context_lens, strict=True)
         return (
             len(batch.input_ids) <= self.ladder.sizes[-1]
             and len(batch.query_lens) <= self.sequences
+            and sum(context for queries, context in lengths if queries == 1) <= CONTEXT_OF_DECODES
         )
 
     def load(self, batch: HostBatch, last: list[int]) -> torch.Tensor:

@@ -209,6 +209,9 @@ def skinny_product(
     parts, rows, width = out.shape
     size = weight.shape[1]
     tiles = triton.cdiv(width, block_n // 2 if silu else block_n)
+    if weight.element_size() == 4:
+        # Tiles of float32 go through shared memory: 32 rows of both factors must fit into 99 KiB.
+        block_k = max(16, block_k // 4)
     block_k = min(block_k, max(16, triton.next_power_of_2(size // parts) // slices))
     skinny_kernel[(tiles, parts)](
         weight,
