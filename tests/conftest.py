@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,10 @@ if not HAS_CUDA:
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tensors of a few hundred numbers gain nothing from threads, and lose much on a busy machine.
 torch.set_num_threads(1)
+# Started in the background, by a script or CI, a process is born deaf to interrupts, and so are its
+# children; tests that interrupt would wait forever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests use the notebooks' recorder and what the chapters compute.
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "notebooks")) if path not in sys.path]
 
