@@ -16,6 +16,7 @@ ROOF = (
     "minivllm/__main__.py",
     "minivllm/llm.py",
     "minivllm/cli.py",
+    "minivllm/cli_flags.py",
     "minivllm/chat.py",
     "minivllm/demo.py",
     "minivllm/prompts.py",

@@ -190,7 +190,8 @@ def _selects(course: Course, expression: str) -> bool:
 
 def _cli_problem(course: Course, words: list[str]) -> str | None:
     """Subcommands and options of ``minivllm`` must stand as strings in its parser."""
-    files = [course.root / "minivllm/cli.py", course.root / "minivllm/demo.py"]
+    names = ("cli.py", "cli_flags.py", "demo.py")
+    files = [course.root / "minivllm" / name for name in names]
     files += (course.root / "minivllm/benchmarks").rglob("*.py")
     files = [file for file in files if file.is_file()]
     known = {text for file in files for text in _strings(file)}
