@@ -12,9 +12,9 @@ it finds in its output instead of overwriting it. A layer of ``fused_forward.py`
     add + norm | qkv | rope, store | attention | o | add + norm | gate, up | SiLU | down
                  qkv | rope, store | attention | o, add |         gate, up | SiLU | down, add
 
-Two launches fewer, of which each takes longer to begin and to end than to run. What is rounded
-where differs from the plain model: the stream is what is multiplied, not the normalised rows, and
-W * g is rounded. So this is for bfloat16, whose range a product of the stream cannot leave.
+Two launches fewer (``benchmarks/forward.py`` measures both forms). What is rounded where differs
+from the plain model: the stream is what is multiplied, not the normalised rows, and W * g is
+rounded. So this is for bfloat16, whose range a product of the stream cannot leave.
 
 Source: the identity is used in Graef et al., "FlashNorm: fast normalization for LLMs" (2024).
 """
