@@ -11,11 +11,11 @@ from benchmark_helpers import read_report, small_model, texts_of
 from helpers import random_prompt
 
 from minivllm.benchmarks import throughput
-from minivllm.benchmarks.memory import peak_host_bytes
 from minivllm.benchmarks.svg import Bar, Line, bar_chart, line_charts
 from minivllm.benchmarks.throughput import draw
 from minivllm.benchmarks.workload import float32_logits
 from minivllm.cli import main
+from minivllm.distributed.host_memory import peak_host_bytes
 from minivllm.models.generate import borrowed_attention
 from minivllm.models.loader import load_model
 

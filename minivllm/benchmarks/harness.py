@@ -102,7 +102,10 @@ def replay_of(calls: Sequence[Call]) -> Call:
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second of a large copy within the device, read and written bytes both counted."""
-    size = 2**32 if device.type == "cuda" else 2**26
+    size = 2**26
+    if device.type == "cuda":
+        # An engine beside it may have left little memory.
+        size = min(2**32, max(size, torch.cuda.mem_get_info(device)[0] // 4))
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
     return 2 * size / time_calls(lambda: target.copy_(source), device)

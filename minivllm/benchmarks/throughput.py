@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from minivllm.benchmarks.harness import ceilings, format_table
-from minivllm.benchmarks.memory import peak_host_bytes
 from minivllm.benchmarks.peers import run_peers
 from minivllm.benchmarks.profile import profile_decode
 from minivllm.benchmarks.report import machine_facts, write_report
 from minivllm.benchmarks.shapes import shape_folder
 from minivllm.benchmarks.svg import Bar, bar_chart, write_svg
 from minivllm.benchmarks.workload import Workload, check_greedy, usual_workload, work_of
+from minivllm.distributed.host_memory import peak_host_bytes
 from minivllm.engine.outputs import RequestOutput
 from minivllm.engine.sampling_params import SamplingParams
 from minivllm.llm import LLM

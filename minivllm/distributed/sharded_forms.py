@@ -117,25 +117,9 @@ class ShardedForward(FusedForward):
         first = layers[0].input_layernorm
         x, residual = exchange.embed(decoder.embed_tokens, input_ids, first)
         for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
-            attention, mlp = layer.self_attn, layer.mlp
-            q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-            qkv = attention.qkv_proj
-            q = kernels.qk_norm_rope_store(
-                qkv(x),
-                None if q_norm is None else q_norm.weight,
-                None if k_norm is None else k_norm.weight,
-                0.0 if q_norm is None else q_norm.eps,
-                decoder.rotary.table,
-                positions,
-                slot_mapping,
-                cache.k[index],
-                cache.v[index],
-                num_heads=qkv.num_heads,
-                num_kv_heads=qkv.num_kv_heads,
-                head_size=qkv.head_size,
-                pdl=pdl,
-            )
-            x = exchange.summand(attention.o_proj, attend(index, q).flatten(1))
+            mlp = layer.mlp
+            q = self.queries(index, x, positions, slot_mapping, cache)
+            x = exchange.summand(layer.self_attn.o_proj, attend(index, q).flatten(1))
             x, residual = exchange.add_norm(x, residual, layer.post_attention_layernorm)
             x = kernels.silu_and_mul(mlp.gate_up_proj(x), pdl=pdl)
             x, residual = exchange.add_norm(exchange.summand(mlp.down_proj, x), residual, next_norm)

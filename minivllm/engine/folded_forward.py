@@ -79,27 +79,11 @@ class FoldedForward(FusedForward):
         kernels, decoder, pdl = self.kernels, self.model.model, self.pdl
         stream = decoder.embed_tokens(input_ids)
         for index, layer in enumerate(decoder.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-            qkv = attention.qkv_proj
-            q = kernels.qk_norm_rope_store(
-                qkv(stream),
-                None if q_norm is None else q_norm.weight,
-                None if k_norm is None else k_norm.weight,
-                0.0 if q_norm is None else q_norm.eps,
-                decoder.rotary.table,
-                positions,
-                slot_mapping,
-                cache.k[index],
-                cache.v[index],
-                num_heads=qkv.num_heads,
-                num_kv_heads=qkv.num_kv_heads,
-                head_size=qkv.head_size,
-                norm_of=stream,
-                norm_eps=layer.input_layernorm.eps,
-                pdl=pdl,
+            mlp, eps = layer.mlp, layer.input_layernorm.eps
+            q = self.queries(
+                index, stream, positions, slot_mapping, cache, norm_of=stream, norm_eps=eps
             )
-            stream.addmm_(attend(index, q).flatten(1), attention.o_proj.weight.t())
+            stream.addmm_(attend(index, q).flatten(1), layer.self_attn.o_proj.weight.t())
             act = kernels.silu_and_mul(
                 mlp.gate_up_proj(stream),
                 norm_of=stream,

@@ -12,6 +12,7 @@ That is 9 launches a layer (attention takes two when it splits) where the plain 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -50,7 +51,6 @@ class FusedForward:
         input_ids, positions, slot_mapping: int64 [T]. Returns hidden states [T, E].
         """
         kernels, decoder, pdl = self.kernels, self.model.model, self.pdl
-        table = decoder.rotary.table
         x = decoder.embed_tokens(input_ids)
         residual = None
         for index, layer in enumerate(decoder.layers):
@@ -59,27 +59,43 @@ class FusedForward:
                 x, residual = kernels.rms_norm(x, norm.weight, norm.eps, pdl=pdl), x
             else:
                 x, residual = kernels.add_rms_norm(x, residual, norm.weight, norm.eps, pdl=pdl)
-            attention = layer.self_attn
-            q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-            qkv = attention.qkv_proj
-            q = kernels.qk_norm_rope_store(
-                qkv(x),
-                None if q_norm is None else q_norm.weight,
-                None if k_norm is None else k_norm.weight,
-                0.0 if q_norm is None else q_norm.eps,
-                table,
-                positions,
-                slot_mapping,
-                cache.k[index],
-                cache.v[index],
-                num_heads=qkv.num_heads,
-                num_kv_heads=qkv.num_kv_heads,
-                head_size=qkv.head_size,
-                pdl=pdl,
-            )
-            x = attention.o_proj(attend(index, q).flatten(1))
+            q = self.queries(index, x, positions, slot_mapping, cache)
+            x = layer.self_attn.o_proj(attend(index, q).flatten(1))
             norm = layer.post_attention_layernorm
             x, residual = kernels.add_rms_norm(x, residual, norm.weight, norm.eps, pdl=pdl)
             x = layer.mlp.down_proj(kernels.silu_and_mul(layer.mlp.gate_up_proj(x), pdl=pdl))
         norm = decoder.norm
         return kernels.add_rms_norm(x, residual, norm.weight, norm.eps, pdl=pdl)[0]
+
+    def queries(
+        self,
+        index: int,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        cache: PagedKVCache,
+        **norm: Any,
+    ) -> torch.Tensor:
+        """Queries [T, H, D] of layer ``index`` from its input x [T, E]; K and V go to the cache.
+
+        norm: ``norm_of`` and ``norm_eps`` of :func:`fused_kernels.qk_norm_rope_store`.
+        """
+        attention = self.model.model.layers[index].self_attn
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        qkv = attention.qkv_proj
+        return self.kernels.qk_norm_rope_store(
+            qkv(x),
+            None if q_norm is None else q_norm.weight,
+            None if k_norm is None else k_norm.weight,
+            0.0 if q_norm is None else q_norm.eps,
+            self.model.model.rotary.table,
+            positions,
+            slot_mapping,
+            cache.k[index],
+            cache.v[index],
+            num_heads=qkv.num_heads,
+            num_kv_heads=qkv.num_kv_heads,
+            head_size=qkv.head_size,
+            pdl=self.pdl,
+            **norm,
+        )

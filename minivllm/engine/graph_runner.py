@@ -46,8 +46,8 @@ from minivllm.engine.step_forms import StepForms, choose_forms
 from minivllm.engine.step_message import StepMessage
 from minivllm.layers.sampler import top_logprobs
 
-# What recorded graphs take outside PyTorch's allocator and in their pool, rounded up: 35 graphs of
-# Qwen3-0.6B took 166 MB on an H200 (``graphs`` in the report of ``bench throughput``).
+# What recorded graphs take outside PyTorch's allocator and in their pool, rounded up (``graphs`` in
+# the report of ``bench throughput`` tells what they took).
 GRAPH_BYTES_PER_NODE = 16 << 10
 
 
