@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from minivllm.benchmarks.attention_cases import prefix_sums
 from minivllm.benchmarks.harness import Call, format_table
+from minivllm.engine.compile_ahead import compile_ahead
 
 MARGIN = 1.5
 TWO_ROUNDINGS = 2 * torch.finfo(torch.float32).eps
@@ -223,6 +224,9 @@ def check_attention(
     seed = time.time_ns() % 2**31
     torch.manual_seed(seed)
     records = []
+    if device.type == "cuda":
+        # Side by side, or a check of all cases would spend minutes waiting for the compiler.
+        compile_ahead(lambda: _rehearse(device, small), device)
     for case in cases(device, small):
         records += [{"seed": seed, **record} for record in _check_case(case, device)]
     rows = []
@@ -234,6 +238,12 @@ def check_attention(
         rows.append([name, len(mine), bad, ratio, error, worst["case"]])
     headers = ["kernel", "cases", "bad", "worst / PyTorch's", "error", "there"]
     return f"seed {seed}\n{format_table(headers, rows)}", records
+
+
+def _rehearse(device: torch.device, small: bool) -> None:
+    for case in cases(device, small):
+        for _ in _check_case(case, device):
+            pass
 
 
 def _check_case(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -377,10 +377,9 @@ class LLMEngine:
             return prompt, list(self.tokenizer.encode(prompt))
         # Bytes are a sequence of integers too, but nobody means token ids by them.
         is_ids = isinstance(prompt, Prompts) and not isinstance(prompt, bytes | bytearray)
-        is_ids = is_ids and not any(
-            isinstance(token, bool) or not isinstance(token, int) for token in prompt
-        )
-        if not is_ids:
+        # By kind, not token by token: there may be very many tokens, and none can run meanwhile.
+        kinds = set(map(type, prompt)) if is_ids else set()
+        if not is_ids or not all(issubclass(kind, int) and kind is not bool for kind in kinds):
             raise ValueError(f"prompt={prompt!r} must be text or a list of integer token ids")
         return text, list(prompt)
 
