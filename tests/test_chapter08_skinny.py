@@ -345,12 +345,14 @@ def replace_cache(cache, dtype):
 
 
 @pytest.mark.parametrize("model_class", [Qwen3ForCausalLM, LlamaForCausalLM])
-@pytest.mark.parametrize("lengths", [[37], [20, 0, 1]])
-def test_a_step_gives_the_models_logits(model_class, lengths):
+@pytest.mark.parametrize(("lengths", "norm_inside"), [([37], 2048), ([37], 0), ([20, 0, 1], 2048)])
+def test_a_step_gives_the_models_logits(model_class, lengths, norm_inside):
     """Two calls, for buffers are used again; the row of length 0 is padding."""
     model = make_model(model_class, TINY, torch.float32)
     step = Step(TINY, lengths, torch.float32)
-    forward = SkinnyForward(model, step.cache, len(lengths), tuning=SMALL_TILES)
+    tuning = replace(SMALL_TILES, norm_inside=norm_inside)
+    forward = SkinnyForward(model, step.cache, len(lengths), tuning=tuning)
+    assert forward.inside == (len(lengths) == 1 and norm_inside > 0)
     real = [i for i, length in enumerate(lengths) if length]
     expected, cache = step.by_model(model, torch.float32)
     logits = step.by_kernels(forward)
@@ -443,8 +445,10 @@ LAYERS = replace(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dependent", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 8, 17, 32, 64])
-def test_a_step_at_real_sizes_in_a_graph(rows, dependent):
+@pytest.mark.parametrize(
+    ("rows", "norm_inside"), [(1, 2048), (1, 0), *((rows, 2048) for rows in (2, 8, 17, 32, 64))]
+)
+def test_a_step_at_real_sizes_in_a_graph(rows, norm_inside, dependent):
     """bfloat16, ragged contexts, replayed many times: a race would change the result."""
     lengths = [1 + 97 * i % 700 for i in range(rows)]
     lengths[0] = 1500
@@ -454,9 +458,8 @@ def test_a_step_at_real_sizes_in_a_graph(rows, dependent):
     step = Step(LAYERS, lengths, torch.bfloat16, block_size=64)
     exact, _ = step.by_model(wide, torch.float32)
     plain, _ = step.by_model(model, torch.bfloat16)
-    forward = SkinnyForward(
-        model, step.cache, rows, tuning=replace(SkinnyTuning.for_rows(rows), dependent=dependent)
-    )
+    tuning = replace(SkinnyTuning.for_rows(rows), dependent=dependent, norm_inside=norm_inside)
+    forward = SkinnyForward(model, step.cache, rows, tuning=tuning)
     step.by_kernels(forward)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

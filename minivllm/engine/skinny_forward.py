@@ -5,10 +5,13 @@ The same mathematics as ``model(...)`` and ``model.compute_logits(...)``, cut di
     one row      qkv ........ attention .......... o .......... gate-up ... down
     more rows    norm, qkv ... attention, merge ... o ... norm, gate-up ... down
 
-For one row the norms are made inside qkv and gate-up; for more, that would make every program read
-every row. SiLU is part of gate-up; norms of the heads, RoPE and the store of K and V are part of
-attention. The residual stream stays in float32. Each kernel is launched while the one in front
-still runs (see ``skinny_kernels.py``); only the first waits for all that was queued before.
+For one row, each program of qkv and gate-up makes the norm for itself, and each program of o the
+merge. It reads the whole row for that. Of many rows, or a wide one, that would be as much as it has
+weights: then they are kernels of their own, also for one row (``benchmarks/skinny.py --shapes 8B
+--batch 1 --try norm_inside=4096`` measures both). SiLU is part of gate-up; norms of the heads, RoPE
+and the store of K and V are part of attention. The residual stream stays in float32. Each kernel is
+launched while the one in front still runs (see ``skinny_kernels.py``); only the first waits for all
+that was queued before.
 """
 
 from __future__ import annotations
@@ -97,6 +100,7 @@ class SkinnyForward:
         properties = torch.cuda.get_device_properties(weight.device) if on_gpu else None
         self.processors = properties.multi_processor_count if properties else 4
         self.tuning = tuning or SkinnyTuning.for_rows(rows)
+        self.inside = rows == 1 and weight.shape[1] <= self.tuning.norm_inside
         # Hopper and later can start a kernel while the one in front finishes.
         self.dependent = bool(properties and properties.major >= 9) and self.tuning.dependent
         self._make_buffers(weight)
@@ -161,15 +165,13 @@ class SkinnyForward:
     # ------------------------------------------------------------------ the chain
 
     def _one_row(self, stream: Stream, tables: StepTables) -> torch.Tensor:
-        split = self.tuning.attention_split
-        splits = {"lse": self.lse, "context": tables.context, "min_split": split}
         for index, layer in enumerate(self.model.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             qkv, o = attention.qkv_proj.weight, attention.o_proj.weight
             gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
             total = self._gemv_norm(layer.input_layernorm, stream, qkv, self.qkv)
             self._attend(index, attention, tables)
-            self._gemv(o, self.splits, self.o_parts, **splits)
+            self._gemv_merge(o, self.o_parts, tables)
             stream = self._stream(stream, total, self.o_parts)
             norm = layer.post_attention_layernorm
             total = self._gemv_norm(norm, stream, gate_up, self.act, silu=True)
@@ -218,11 +220,24 @@ class SkinnyForward:
         **options: Any,
     ) -> torch.Tensor:
         """out = weight @ norm(stream); returns the stream's sum."""
-        total = self._other_total(stream)
-        first = stream.parts is None
-        into = {"gain": norm.weight, "eps": norm.eps, "total": total}
-        self._gemv(weight, stream, out, first=first, **into, **options)
+        if self.inside:
+            total = self._other_total(stream)
+            first = stream.parts is None
+            into = {"gain": norm.weight, "eps": norm.eps, "total": total}
+            self._gemv(weight, stream, out, first=first, **into, **options)
+        else:
+            total = self._sum_and_norm(norm, stream)
+            self._gemv(weight, self.normed, out, **options)
         return total
+
+    def _gemv_merge(self, weight: torch.Tensor, out: torch.Tensor, tables: StepTables) -> None:
+        """out = weight @ what attention gave."""
+        if self.inside:
+            split = self.tuning.attention_split
+            splits = {"lse": self.lse, "context": tables.context, "min_split": split}
+            self._gemv(weight, self.splits, out, **splits)
+        else:
+            self._gemv(weight, self._merged(tables), out)
 
     def _gemv(
         self,
@@ -311,7 +326,7 @@ class SkinnyForward:
         """What attention gave, [P, H * D]."""
         from minivllm.engine.skinny_split_kernels import merge_splits
 
-        if len(self.splits) == 1:
+        if self.direct:
             return self.splits[0].flatten(1)
         merge_splits(
             self.splits,
@@ -358,6 +373,7 @@ class SkinnyForward:
         qkv_parts, o_parts, down_parts = tuning.qkv_parts, tuning.o_parts, tuning.down_parts
         if rows == 1:
             qkv_parts = 1  # the norm of a single row needs all of it
+        if self.inside:
             # A program of o merges the splits of its part's heads only: with 4,096 tokens of
             # context a step of the 0.6B model took 0.76 ms in 4 parts and 0.93 in one.
             o_parts = o_parts or (4 if heads % 4 == 0 else 0)
@@ -367,8 +383,8 @@ class SkinnyForward:
         self.totals = [wide(rows, size) for _ in range(2)]
         self.normed = narrow(rows, size)
         self.qkv = wide(qkv_parts, rows, qkv.out_features)
-        direct = splits == 1 and rows > 1
-        self.splits = (narrow if direct else wide)(splits, rows, heads, head_size)
+        self.direct = splits == 1 and not self.inside
+        self.splits = (narrow if self.direct else wide)(splits, rows, heads, head_size)
         self.lse = wide(splits, rows, heads)
         self.attended = narrow(rows, heads, head_size)
         self.o_parts = wide(o_parts, rows, size)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class SkinnyTuning:
     """Tile sizes, chosen by measuring whole steps on an H200 with ``benchmarks/skinny.py``.
 
-    One row: ``gemv_weights`` of a tile, in programs of ``gemv_warps``. More rows: tiles of
+    One row: ``gemv_weights`` of a tile, in programs of ``gemv_warps``; ``norm_inside``: the widest
+    residual stream of which the products make norm and merge themselves. More rows: tiles of
     ``block_n`` rows of the weights (``gate_up_block_n``: of gate and up together) and ``slices``
     times ``block_k`` columns; ``weights_first``: see ``tile_product``. ``qkv_parts``, ``o_parts``,
     ``down_parts``: how K is split, chosen by size where 0. ``attention_waves``: programs for each
@@ -20,6 +21,7 @@ class SkinnyTuning:
 
     gemv_weights: int = 16384
     gemv_warps: int = 4
+    norm_inside: int = 2048
     block_n: int = 16
     gate_up_block_n: int = 16
     block_k: int = 256
