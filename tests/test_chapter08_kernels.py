@@ -18,6 +18,7 @@ import triton.language as tl  # noqa: E402
 from minivllm.attention import paged  # noqa: E402
 from minivllm.engine import (  # noqa: E402
     device_rows,
+    fused_heads_kernels,
     fused_kernels,
     sampler_kernels,
     step_kernels,
@@ -191,6 +192,7 @@ def test_finish_step(dtype: torch.dtype, pdl: bool) -> None:
         step_kernels.finish_step(rows, active, out, tokens, pdl=pdl)
         device_rows.finish_step(expected, active, out, tokens)
         assert torch.equal(rows.flat, expected.flat)
+        assert torch.equal(posted(rows), posted(expected))
     assert rows.last_token.tolist() == [
         *(1003, 1006, 1009, 1000, before.last_token[4].item(), 1004, 1005, 1008, 1001)
     ]
@@ -198,6 +200,20 @@ def test_finish_step(dtype: torch.dtype, pdl: bool) -> None:
     ran[4] = 0
     assert torch.equal(rows.length, before.length + ran)
     assert torch.equal(rows.num_outputs, before.num_outputs + ran)
+    # The host finds them by their number; those of the step before are still there.
+    found = posted(rows).view(-1)
+    for place, row in enumerate(active.tolist()):
+        if row >= 0:
+            number = int(before.num_outputs[row])
+            assert found[rows.place_of(row, number)] == 1000 + place
+            assert found[rows.place_of(row, number + 1)] == 0
+
+
+def posted(rows: DeviceRows) -> torch.Tensor:
+    """What the host reads once the device has come so far."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return rows.posted.clone()
 
 
 def test_step_arguments_that_do_not_fit_are_refused() -> None:
@@ -241,6 +257,7 @@ def test_steps_at_full_size(pdl: bool) -> None:
         device_rows.finish_step(expected, active, theirs, tokens)
         assert_same(ours, theirs)
         assert torch.equal(rows.flat, expected.flat), f"step {step}"
+        assert torch.equal(posted(rows), posted(expected)), f"step {step}"
 
 
 # ------------------------------------------------------------------ norms, RoPE, store, SiLU
@@ -312,7 +329,7 @@ class Heads:
 
     def ours(self, **options: bool) -> list[torch.Tensor]:
         caches = self.caches()
-        q = fused_kernels.qk_norm_rope_store(
+        q = fused_heads_kernels.qk_norm_rope_store(
             self.qkv,
             *self.weights,
             self.eps,
@@ -364,7 +381,7 @@ def test_heads_without_norms() -> None:
 
 
 def test_many_tokens_take_larger_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_kernels, "MANY_TOKENS", 2)
+    monkeypatch.setattr(fused_heads_kernels, "MANY_TOKENS", 2)
     check_heads(Heads(3, 11, 4, 32, torch.float16))
 
 
@@ -384,7 +401,7 @@ def test_heads_that_do_not_fit_are_refused() -> None:
         heads.ours()
     heads.qkv = wide.half()
     with pytest.raises(ValueError, match=r"qkv is torch\.float16 but k_cache") as caught:
-        fused_kernels.qk_norm_rope_store(
+        fused_heads_kernels.qk_norm_rope_store(
             heads.qkv,
             *heads.weights,
             1e-6,

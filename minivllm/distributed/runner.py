@@ -141,8 +141,7 @@ class TensorParallelRunner(GraphRunner):
         with interrupts_later(), self.crew.working():
             message = self.prepare(step)
             self.crew.send_step(message.encode())
-            tokens, logprobs = self.execute(message)
-            pending = PendingTokens(step.sampling, tokens, logprobs)
+            pending = self._pending(step, message, *self.execute(message))
         return SharedPending(pending, self.crew)
 
     def _choose(self, logits: torch.Tensor, sampling: HostSampling | None) -> torch.Tensor:

@@ -11,8 +11,10 @@ reads is gathered from the rows at its beginning, and what it found is put back 
     rows --begin_step--> StepInputs --model, sampler--> tokens --finish_step--> rows
 
 ``finish_step`` goes by what ``begin_step`` gathered, not by the rows, so a step can be run again
-(a replay for warm-up, say) and leaves the same state. Here are the PyTorch forms, which a CPU runs;
-``step_kernels`` has the same three functions as one launch each, equal bit for bit.
+(a replay for warm-up, say) and leaves the same state. It also posts the tokens to memory of the
+host: so nobody has to launch a copy, and the next step need not wait for one. Here are the PyTorch
+forms, which a CPU runs; ``step_kernels`` has the same three functions as one launch each, equal bit
+for bit.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ import torch
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """The rows of R sequences: ``flat`` int32 [words], and typed views of its parts.
+    """The rows of R sequences: ``flat`` int32 [words], typed views of its parts, and ``posted``.
 
     last_token: int32 [R], the newest token, whose K and V are not yet computed. length: int32 [R],
     how many tokens there are with it. num_outputs: int32 [R], how many of them were generated.
     seed: int64 [R]. temperature: float32 [R], 0 is greedy. block_tables: int32 [R, M].
+
+    posted: int64 [2, R], in host memory that the device writes to (pinned). A row's token number n
+    is in posted[n % 2]: what a step posts stays while the next one runs.
     """
 
     flat: torch.Tensor
@@ -40,6 +45,7 @@ class DeviceRows:
     seed: torch.Tensor
     temperature: torch.Tensor
     block_tables: torch.Tensor
+    posted: torch.Tensor
 
     @classmethod
     def allocate(cls, max_num_seqs: int, max_blocks: int, device: torch.device | str) -> DeviceRows:
@@ -62,7 +68,12 @@ class DeviceRows:
             seed=seed.view(torch.int64),
             temperature=temperature.view(torch.float32),
             block_tables=tables.view(rows, max_blocks),
+            posted=torch.zeros(2, rows, dtype=torch.int64, pin_memory=flat.is_cuda),
         )
+
+    def place_of(self, row: int, number: int) -> int:
+        """Where in ``posted``, flattened, the host finds token ``number`` of a row."""
+        return number % 2 * self.posted.shape[1] + row
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,7 @@ def finish_step(
     real = active >= 0
     row = active[real].long()
     rows.last_token[row] = tokens[real].int()
+    rows.posted[(out.step[real] % 2).cpu(), row.cpu()] = tokens[real].long().cpu()
     rows.length[row] = out.context[real] + 1
     rows.num_outputs[row] = out.step[real].int() + 1
 

@@ -52,16 +52,27 @@ GRAPH_BYTES_PER_NODE = 16 << 10
 
 
 class PendingTokens:
-    """Tokens on their way from the device."""
+    """Tokens on their way from the device.
+
+    tokens: int64, on the device; or with ``places`` memory of the host, where the device is going
+    to write them, and which of its numbers they will be.
+    """
 
     def __init__(
-        self, sequences: list[Request], tokens: torch.Tensor, logprobs: tuple[torch.Tensor, ...]
+        self,
+        sequences: list[Request],
+        tokens: torch.Tensor,
+        logprobs: tuple[torch.Tensor, ...],
+        *,
+        device: torch.device,
+        places: list[int] | None = None,
     ) -> None:
         self._sequences = sequences
-        self._tokens = _to_host(tokens)
+        self._places = places
+        self._tokens = _to_host(tokens) if places is None else tokens.view(-1)
         self._logprobs = tuple(map(_to_host, logprobs))
         self._event: torch.cuda.Event | None = None
-        if tokens.is_cuda:
+        if device.type == "cuda":
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -72,7 +83,8 @@ class PendingTokens:
         logprobs: list[TokenLogprobs | None] = [None] * len(self._sequences)
         if self._logprobs:
             logprobs = cut_logprobs(self._sequences, *self._logprobs)
-        return StepResult(self._tokens.tolist(), logprobs)
+        tokens = self._tokens if self._places is None else self._tokens[self._places]
+        return StepResult(tokens.tolist(), logprobs)
 
 
 @dataclass(frozen=True)
@@ -205,10 +217,29 @@ class GraphRunner(ModelRunner):
         return self.launch(step).result()
 
     def launch(self, step: Step) -> PendingTokens:
-        """Send the step to the device."""
+        """Send the step to the device, where one more may be on its way by then.
+
+        Read the tokens of that one before the next launch: there is room for those of two steps.
+        """
         message = self.prepare(step)
-        tokens, logprobs = self.execute(message)
-        return PendingTokens(step.sampling, tokens, logprobs)
+        return self._pending(step, message, *self.execute(message))
+
+    def _pending(
+        self,
+        step: Step,
+        message: StepMessage,
+        tokens: torch.Tensor,
+        logprobs: tuple[torch.Tensor, ...],
+    ) -> PendingTokens:
+        """What :meth:`execute` gave, before the scheduler counts the step's tokens."""
+        if message.batch is not None:
+            return PendingTokens(step.sampling, tokens, logprobs, device=self.device)
+        posted = self.rows.posted
+        places = [
+            self.rows.place_of(row, seq.num_output_tokens)
+            for seq, row in zip(step.sampling, message.places, strict=True)
+        ]
+        return PendingTokens(step.sampling, posted, logprobs, device=self.device, places=places)
 
     def prepare(self, step: Step) -> StepMessage:
         """What the device must be told for ``step``; the host's half of it."""

@@ -86,7 +86,7 @@ def begin_step_kernel(
     tl.store(out_temperature_ptr + place, temperature)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "R"])
 def finish_step_kernel(
     active_ptr,
     tokens_ptr,
@@ -95,7 +95,9 @@ def finish_step_kernel(
     last_token_ptr,
     length_ptr,
     num_outputs_ptr,
+    posted_ptr,
     P,
+    R,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -111,6 +113,7 @@ def finish_step_kernel(
     step = tl.load(step_ptr + place, mask=inside, other=0)
     real = row >= 0
     tl.store(last_token_ptr + row, token.to(tl.int32), mask=real)
+    tl.store(posted_ptr + step % 2 * R + row, token.to(tl.int64), mask=real)
     tl.store(length_ptr + row, context + 1, mask=real)
     tl.store(num_outputs_ptr + row, (step + 1).to(tl.int32), mask=real)
 
@@ -190,7 +193,9 @@ def finish_step(
         rows.last_token,
         rows.length,
         rows.num_outputs,
+        rows.posted,
         places,
+        rows.posted.shape[1],
         BLOCK=LANES,
         DEPENDENT=pdl,
         **_launch(pdl),
