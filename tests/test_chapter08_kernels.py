@@ -191,6 +191,7 @@ def test_finish_step(dtype: torch.dtype, pdl: bool) -> None:
         tokens = torch.arange(shift, shift + len(active), dtype=dtype, device=DEVICE)
         step_kernels.finish_step(rows, active, out, tokens, pdl=pdl)
         device_rows.finish_step(expected, active, out, tokens)
+        device_rows.post_tokens(expected, active, out, tokens)
         assert torch.equal(rows.flat, expected.flat)
         assert torch.equal(posted(rows), posted(expected))
     assert rows.last_token.tolist() == [
@@ -255,6 +256,7 @@ def test_steps_at_full_size(pdl: bool) -> None:
         step_kernels.finish_step(rows, active, ours, tokens, pdl=pdl)
         device_rows.begin_step(expected, active, theirs, 16)
         device_rows.finish_step(expected, active, theirs, tokens)
+        device_rows.post_tokens(expected, active, theirs, tokens)
         assert_same(ours, theirs)
         assert torch.equal(rows.flat, expected.flat), f"step {step}"
         assert torch.equal(posted(rows), posted(expected)), f"step {step}"

@@ -9,12 +9,12 @@ A step looks at P places, each of which names its row in ``active`` (-1: padding
 reads is gathered from the rows at its beginning, and what it found is put back at its end:
 
     rows --begin_step--> StepInputs --model, sampler--> tokens --finish_step--> rows
+                                                                --post_tokens--> the host
 
-``finish_step`` goes by what ``begin_step`` gathered, not by the rows, so a step can be run again
-(a replay for warm-up, say) and leaves the same state. It also posts the tokens to memory of the
-host: so nobody has to launch a copy, and the next step need not wait for one. Here are the PyTorch
-forms, which a CPU runs; ``step_kernels`` has the same three functions as one launch each, equal bit
-for bit.
+Both at the end go by what ``begin_step`` gathered, not by the rows, so a step can be run again (a
+replay for warm-up, say) and leaves the same state. The device writes to memory of the host itself:
+nobody has to launch a copy, and the next step need not wait for one. Here are the PyTorch forms,
+which a CPU runs; ``step_kernels`` has them as three launches, equal bit for bit.
 """
 
 from __future__ import annotations
@@ -186,9 +186,17 @@ def finish_step(
     real = active >= 0
     row = active[real].long()
     rows.last_token[row] = tokens[real].int()
-    rows.posted[(out.step[real] % 2).cpu(), row.cpu()] = tokens[real].long().cpu()
     rows.length[row] = out.context[real] + 1
     rows.num_outputs[row] = out.step[real].int() + 1
+
+
+def post_tokens(
+    rows: DeviceRows, active: torch.Tensor, out: StepInputs, tokens: torch.Tensor
+) -> None:
+    """Put the step's ``tokens`` (int64 or int32 [P]) where the host reads them, ``rows.posted``."""
+    real = active >= 0
+    turn, row, tokens = (x[real].long().cpu() for x in (out.step % 2, active, tokens))
+    rows.posted[turn, row] = tokens
 
 
 def apply_updates(flat: torch.Tensor, updates: torch.Tensor) -> None:

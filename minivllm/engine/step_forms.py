@@ -41,7 +41,7 @@ class StepForms:
     forward: (runner, batch, cache) -> hidden [T, E]. decode: the same for the P places of a step's
     inputs, all the way into logits [P, V].
     head: hidden [P, E] -> into logits [P, V]. sample: logits [P, V], and temperature, seed and step
-    of each -> into tokens int64 [P].
+    of each -> into tokens int64 [P]. finish_step also posts the tokens to the host.
     """
 
     begin_step: Callable[[DeviceRows, torch.Tensor, StepInputs, int], None]
@@ -58,7 +58,7 @@ def choose_forms(model: nn.Module, device: torch.device) -> StepForms:
     if device.type != "cuda":
         return StepForms(
             begin_step=device_rows.begin_step,
-            finish_step=device_rows.finish_step,
+            finish_step=_plain_finish_step,
             apply_updates=device_rows.apply_updates,
             forward=_plain_forward,
             decode=_plain_decode,
@@ -107,6 +107,13 @@ def choose_forms(model: nn.Module, device: torch.device) -> StepForms:
         head=_head_in_place,
         sample=sample,
     )
+
+
+def _plain_finish_step(
+    rows: DeviceRows, active: torch.Tensor, out: StepInputs, tokens: torch.Tensor
+) -> None:
+    device_rows.finish_step(rows, active, out, tokens)
+    device_rows.post_tokens(rows, active, out, tokens)
 
 
 def _plain_forward(runner: ModelRunner, batch: PagedBatch, cache: PagedKVCache) -> torch.Tensor:

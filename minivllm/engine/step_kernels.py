@@ -101,7 +101,7 @@ def finish_step_kernel(
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Put the tokens of BLOCK places into their rows."""
+    """Put the tokens of BLOCK places into their rows, and post them to the host."""
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
@@ -181,7 +181,7 @@ def finish_step(
     *,
     pdl: bool = False,
 ) -> None:
-    """:func:`minivllm.engine.device_rows.finish_step` in one launch."""
+    """``finish_step`` and ``post_tokens`` of :mod:`minivllm.engine.device_rows` in one launch."""
     places = len(out.context)
     _check("active", active, places, (torch.int32,))
     _check("tokens", tokens, places, (torch.int32, torch.int64))
