@@ -30,7 +30,8 @@ def profile_decode(llm: LLM, batch: int, context: int, steps: int = 30) -> dict[
     engine = llm.engine
     params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=steps + 60)
     for place in range(batch):
-        engine.add_request(str(place), [1 + place % 1000] * (context - steps // 2), params)
+        prompt = [1 + place % 1000] * (context - steps // 2)
+        engine.add_request(str(place), prompt, params, stream=False)
     # Until all decode, and some steps more.
     while any(seq.num_output_tokens < 4 for seq in engine.scheduler.running) or (
         engine.scheduler.waiting

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Logprob:
     """One token's log-probability under the model, before temperature and restrictions.
 
@@ -15,7 +15,7 @@ class Logprob:
     decoded_token: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """A generated text.
 
@@ -51,7 +51,7 @@ class RequestMetrics:
         return self.first_token_time - self.arrival_time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """A request and what came of it.
 
