@@ -14,7 +14,7 @@ from torch import nn
 from minivllm.attention.paged_triton import triton_runs_on
 from minivllm.engine import llm_engine
 from minivllm.engine.config import EngineConfig
-from minivllm.engine.llm_engine import Prompt
+from minivllm.engine.input_processor import Prompt
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.outputs import EngineStats, RequestOutput
 from minivllm.engine.sampling_params import SamplingParams

@@ -1,4 +1,4 @@
-"""``benchmarks/tensor_parallel.py`` without its engines: stages, what is taken over, and notes."""
+"""``bench tensor-parallel`` without its engines: stages, what is taken over, and notes."""
 
 import json
 import sys
@@ -10,7 +10,8 @@ import torch
 
 from minivllm.benchmarks import tensor_parallel
 from minivllm.benchmarks.shapes import shape_folder
-from minivllm.benchmarks.tensor_parallel import Stage, least_ms, notes_of, run_stages
+from minivllm.benchmarks.stages import Stage, run_stages
+from minivllm.benchmarks.tensor_parallel_report import least_ms, notes_of
 from minivllm.models.config import ModelConfig
 
 

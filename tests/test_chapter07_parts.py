@@ -6,11 +6,11 @@ import pytest
 import torch
 from block_helpers import make_sequence
 
-from minivllm.engine import llm_engine
 from minivllm.engine.batches import lay_out
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.model_runner import ModelRunner, StepResult
+from minivllm.engine.request import Request
 from minivllm.engine.scheduler import ScheduledSequence, Scheduler, Step
 from minivllm.engine.sequence import UNKNOWN, Sequence, Status
 
@@ -367,15 +367,15 @@ class HandOut(LLMEngine):
         for name, stream in requests.items():
             seq = sequence_of(name, 5, max_tokens=2)
             seq.status = Status.RUNNING
-            self._requests[name] = llm_engine.Request(seq, None, None, stream=stream)
+            self._requests[name] = Request(seq, None, None, stream=stream)
 
-    def _follow_up(self, request: llm_engine.Request, now: float) -> None:
+    def _follow_up(self, request: Request, now: float) -> None:
         self.followed.append((request.seq.request_id, now))
 
-    def _output(self, request: llm_engine.Request) -> object:
+    def _output(self, request: Request) -> object:
         return SimpleNamespace(name=request.seq.request_id, tokens=request.seq.output_token_ids)
 
-    def _forget(self, request: llm_engine.Request) -> None:
+    def _forget(self, request: Request) -> None:
         self.forgotten.append(request.seq.request_id)
 
     def step_of(self, *sampling: str, others: tuple[str, ...] = ()) -> Step:

@@ -1,8 +1,10 @@
 """The engine as its users see it: LLM, LLMEngine, SamplingParams and what they give back."""
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from itertools import islice, pairwise
@@ -15,6 +17,7 @@ from engine_helpers import (
     END,
     MULTIBYTE,
     VOCAB_SIZE,
+    OverlappingEngine,
     assert_idle,
     byte_tokenizer,
     drain,
@@ -728,6 +731,15 @@ def test_context_manager(folder):
     with pytest.raises(ZeroDivisionError), LLM(folder, **SETTINGS) as llm:
         _ = 1 / 0
     assert llm.engine.runner is None
+
+
+def test_shutdown_frees_what_gc_freeze_has_frozen(folder):
+    """A runner with graphs refers to itself, so only a collection frees it and its GPU memory."""
+    engine = OverlappingEngine(model=folder, num_kv_blocks=4)
+    runner = weakref.ref(engine.runner)
+    gc.freeze()
+    engine.shutdown()
+    assert runner() is None
 
 
 def test_after_shutdown(folder):

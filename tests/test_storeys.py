@@ -41,6 +41,7 @@ STOREYS = {
     "minivllm.engine.device_rows": 8,
     "minivllm.engine.step_kernels": 8,
     "minivllm.engine.fused_kernels": 8,
+    "minivllm.engine.fused_heads_kernels": 8,
     "minivllm.engine.sampler_kernels": 8,
     "minivllm.engine.skinny*": 8,
     "minivllm.engine.*": 7,

@@ -80,6 +80,7 @@ def _apart(ours: Sequence[torch.Tensor], twin: Sequence[torch.Tensor]) -> float:
 def layer_cases(sizes: Sizes, tokens: int) -> list[Case]:
     """The three kernels of a decoder layer, for T = ``tokens``."""
     from minivllm.engine import fused_kernels as fused
+    from minivllm.engine.fused_heads_kernels import qk_norm_rope_store
 
     heads, kv_heads, size = sizes.heads, sizes.kv_heads, sizes.head_size
     shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_size": size}
@@ -97,7 +98,7 @@ def layer_cases(sizes: Sizes, tokens: int) -> list[Case]:
 
     def heads_ours(pdl: bool = False) -> list[torch.Tensor]:
         args = (qkv, q_weight, k_weight, EPS, rotary.table, positions, slots, *caches)
-        return [fused.qk_norm_rope_store(*args, **shape, pdl=pdl), *caches]
+        return [qk_norm_rope_store(*args, **shape, pdl=pdl), *caches]
 
     def heads_twin() -> list[torch.Tensor]:
         q, k, v = qkv.unflatten(1, (-1, size)).split((heads, kv_heads, kv_heads), dim=1)

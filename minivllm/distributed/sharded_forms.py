@@ -17,6 +17,7 @@ from minivllm.engine.device_rows import StepInputs
 from minivllm.engine.fused_forward import AttendStored, FusedForward
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.skinny_forward import SkinnyForward, StepTables
+from minivllm.engine.skinny_tuning import SkinnyTuning
 from minivllm.engine.step_forms import Draw, StepForms, decode_batch, skinny_places
 
 if TYPE_CHECKING:
@@ -126,6 +127,11 @@ class ShardedForward(FusedForward):
         return x
 
 
+# A program reads one part of a sum here, where on one device there are several, and has as many
+# weights: so norms are worth making inside the products of wider models than there.
+NORM_INSIDE = 4096
+
+
 class SkinnyShard(SkinnyForward):
     """The chain of small batches on one rank, which embeds tokens with the others' help."""
 
@@ -139,7 +145,8 @@ class SkinnyShard(SkinnyForward):
         logits: torch.Tensor | None = None,
     ) -> None:
         """See :class:`SkinnyForward`; logits are those of this rank's tokens."""
-        super().__init__(model, cache, rows, logits=logits)
+        tuning = replace(SkinnyTuning.for_rows(rows), norm_inside=NORM_INSIDE)
+        super().__init__(model, cache, rows, tuning=tuning, logits=logits)
         self.exchange = exchange
         # The chain reads an embedding at ids: here one of P vectors, in their order.
         self.places = torch.arange(rows, device=cache.k.device)

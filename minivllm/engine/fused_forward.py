@@ -32,11 +32,12 @@ class FusedForward:
 
     def __init__(self, model: Qwen3ForCausalLM, *, pdl: bool = False) -> None:
         # Here, for Triton has no wheel for every machine.
-        from minivllm.engine import fused_kernels
+        from minivllm.engine import fused_heads_kernels, fused_kernels
 
         self.model = model
         self.pdl = pdl
         self.kernels = fused_kernels
+        self.heads_kernels = fused_heads_kernels
 
     def __call__(
         self,
@@ -78,12 +79,12 @@ class FusedForward:
     ) -> torch.Tensor:
         """Queries [T, H, D] of layer ``index`` from its input x [T, E]; K and V go to the cache.
 
-        norm: ``norm_of`` and ``norm_eps`` of :func:`fused_kernels.qk_norm_rope_store`.
+        norm: ``norm_of`` and ``norm_eps`` of :func:`fused_heads_kernels.qk_norm_rope_store`.
         """
         attention = self.model.model.layers[index].self_attn
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         qkv = attention.qkv_proj
-        return self.kernels.qk_norm_rope_store(
+        return self.heads_kernels.qk_norm_rope_store(
             qkv(x),
             None if q_norm is None else q_norm.weight,
             None if k_norm is None else k_norm.weight,

@@ -3,7 +3,6 @@
 import gc
 import random
 import time
-from collections.abc import Sequence as Prompts
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,46 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from minivllm.engine.batches import TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.config import EngineConfig
 from minivllm.engine.detokenizer import IncrementalDetokenizer
 from minivllm.engine.events import EventLog
+from minivllm.engine.input_processor import InputProcessor, Prompt, load_tokenizer
 from minivllm.engine.model_runner import ModelRunner, PendingStep, StepResult
-from minivllm.engine.outputs import (
-    CompletionOutput,
-    EngineStats,
-    Logprob,
-    RequestMetrics,
-    RequestOutput,
-)
+from minivllm.engine.outputs import EngineStats, RequestOutput
+from minivllm.engine.request import Request
 from minivllm.engine.sampling_params import SamplingParams
 from minivllm.engine.scheduler import Scheduler, Step
 from minivllm.engine.sequence import Sequence
 from minivllm.models.config import ModelConfig
 from minivllm.models.hub import model_folder
 from minivllm.models.loader import load_model, random_model
-
-Prompt = str | list[int] | dict[str, Any]
-
-
-class Request:
-    """What the engine remembers of a request besides its sequence."""
-
-    def __init__(
-        self,
-        seq: Sequence,
-        prompt: str | None,
-        detokenizer: IncrementalDetokenizer | None,
-        *,
-        stream: bool,
-    ) -> None:
-        self.seq = seq
-        self.prompt = prompt
-        self.detokenizer = detokenizer
-        self.stream = stream
-        self.metrics = RequestMetrics(arrival_time=time.perf_counter())
-        self.logprobs: list[TokenLogprobs] = []
 
 
 class InFlight(NamedTuple):
@@ -115,6 +88,13 @@ class LLMEngine:
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             policy=self.config.policy,
             events=events,
+        )
+        self.input_processor = InputProcessor(
+            tokenizer=self.tokenizer,
+            vocab_size=self.model_config.vocab_size,
+            max_model_len=self.max_model_len,
+            num_blocks=num_blocks,
+            block_size=self.config.block_size,
         )
         self._stats = EngineStats(num_kv_blocks=num_blocks)
         self._requests: dict[str, Request] = {}
@@ -191,38 +171,7 @@ class LLMEngine:
 
     def check_request(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
         """The prompt's text, if it came as one, and its token ids; ValueError if it is no good."""
-        if not isinstance(params, SamplingParams):
-            raise ValueError(
-                f"sampling_params={params!r} must be a SamplingParams, not {type(params).__name__}"
-            )
-        text, token_ids = self._tokenize(prompt)
-        vocab_size = self.model_config.vocab_size
-        if not token_ids:
-            raise ValueError(f"prompt={prompt!r} is empty; give at least one token")
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
-            raise ValueError(
-                f"prompt_token_ids holds {wrong}, outside the vocabulary of {vocab_size} tokens; "
-                "was the prompt made with another model's tokenizer?"
-            )
-        if len(token_ids) >= self.max_model_len:
-            limit = f"max_model_len={self.max_model_len}"
-            if self.max_model_len == self.block_manager.num_blocks * self.block_manager.block_size:
-                limit += f", all that {self.block_manager.num_blocks} KV blocks hold,"
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens, and {limit} leaves no room for another; "
-                "shorten the prompt, or raise max_model_len or num_kv_blocks as far as they go"
-            )
-        for token_id in params.stop_token_ids or ():
-            if token_id >= vocab_size:
-                raise ValueError(
-                    f"stop_token_ids holds {token_id}, outside the vocabulary of {vocab_size}"
-                )
-        if params.stop_strings and self.tokenizer is None:
-            raise ValueError(
-                f"stop={params.stop!r} needs text, but skip_tokenizer_init=True; use stop_token_ids"
-            )
-        return text, token_ids
+        return self.input_processor.process(prompt, params)
 
     def step(self) -> list[RequestOutput]:
         """Run one step.
@@ -336,6 +285,8 @@ class LLMEngine:
         self._in_flight = None
         self.runner.close()
         self.runner = None
+        # Whoever has called gc.freeze() has frozen parts of us that refer to one another.
+        gc.unfreeze()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -354,100 +305,16 @@ class LLMEngine:
         if self.runner is None:
             raise RuntimeError("this engine has been shut down; build a new one")
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text: str | None = None
-        if isinstance(prompt, dict):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-            if unknown or not prompt:
-                raise ValueError(
-                    f"prompt={prompt!r} must have the key 'prompt' or 'prompt_token_ids'"
-                )
-            text = prompt.get("prompt")
-            if "prompt_token_ids" not in prompt:
-                prompt = text
-            elif isinstance(prompt["prompt_token_ids"], str):
-                raise ValueError(f"prompt={prompt!r}: text belongs under the key 'prompt'")
-            else:
-                prompt = prompt["prompt_token_ids"]
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"prompt={prompt!r} is text, but skip_tokenizer_init=True; give token ids"
-                )
-            return prompt, list(self.tokenizer.encode(prompt))
-        # Bytes are a sequence of integers too, but nobody means token ids by them.
-        is_ids = isinstance(prompt, Prompts) and not isinstance(prompt, bytes | bytearray)
-        # By kind, not token by token: there may be very many tokens, and none can run meanwhile.
-        kinds = set(map(type, prompt)) if is_ids else set()
-        if not is_ids or not all(issubclass(kind, int) and kind is not bool for kind in kinds):
-            raise ValueError(f"prompt={prompt!r} must be text or a list of integer token ids")
-        return text, list(prompt)
-
     def _follow_up(self, request: Request, now: float) -> None:
         """Times, text and stop strings of a request that has just got a token, or ended."""
-        seq, metrics, detokenizer = request.seq, request.metrics, request.detokenizer
-        if metrics.first_token_time is None and seq.num_output_tokens:
-            metrics.first_token_time = now
-        # Text costs time: it is made when somebody looks at it.
-        looked_at = seq.finished or request.stream or seq.params.stop_strings
-        if detokenizer is not None and looked_at:
-            detokenizer.update(self._text_token_ids(seq), finished=seq.finished)
-            if detokenizer.stopped_by is not None and seq.finish_reason != "abort":
-                self.scheduler.finish(seq, "stop")
+        seq = request.seq
+        if request.update(now) and seq.finish_reason != "abort":
+            self.scheduler.finish(seq, "stop")
         if seq.finished:
-            metrics.finished_time = now
-            metrics.num_preemptions = seq.num_preemptions
-
-    @staticmethod
-    def _text_token_ids(seq: Sequence) -> list[int]:
-        """The output tokens that belong to the text: an end token does not."""
-        token_ids = seq.output_token_ids
-        if seq.finish_reason == "stop" and token_ids and token_ids[-1] in seq.end_token_ids:
-            token_ids.pop()
-        return token_ids
+            request.note_end(now)
 
     def _output(self, request: Request) -> RequestOutput:
-        seq, detokenizer = request.seq, request.detokenizer
-        text = ""
-        stop_reason: str | int | None = None
-        if detokenizer is not None:
-            text = detokenizer.text if seq.finished else detokenizer.safe_text
-            stop_reason = detokenizer.stopped_by
-        last = seq.token_ids[-1]
-        if seq.finish_reason == "stop" and last in (seq.params.stop_token_ids or ()):
-            stop_reason = last
-        completion = CompletionOutput(
-            text=text,
-            token_ids=seq.output_token_ids,
-            finish_reason=seq.finish_reason,
-            stop_reason=stop_reason,
-            logprobs=self._logprobs(request),
-        )
-        return RequestOutput(
-            request_id=seq.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens],
-            outputs=[completion],
-            finished=seq.finished,
-            num_cached_tokens=seq.num_cached or 0,
-            metrics=request.metrics,
-        )
-
-    def _logprobs(self, request: Request) -> list[dict[int, Logprob]] | None:
-        if request.seq.params.logprobs is None:
-            return None
-        decode = (lambda token: None) if self.tokenizer is None else self.tokenizer.decode
-        places = []
-        for place in request.logprobs:
-            likeliest = zip(place.token_ids[1:], place.logprobs[1:], strict=True)
-            entries = {
-                token: Logprob(value, rank, decode([token]))
-                for rank, (token, value) in enumerate(likeliest, start=1)
-            }
-            chosen = place.token_ids[0]
-            entries[chosen] = Logprob(place.logprobs[0], place.rank, decode([chosen]))
-            places.append(entries)
-        return places
+        return request.output(self.tokenizer)
 
     def _forget(self, request: Request) -> None:
         seq = request.seq
@@ -468,18 +335,3 @@ class LLMEngine:
         stats.decode_tokens += num_decode
         stats.prefill_seconds += seconds * num_prefill / step.num_tokens
         stats.decode_seconds += seconds * num_decode / step.num_tokens
-
-
-def load_tokenizer(folder: Any) -> Any:
-    """The Hugging Face tokenizer in ``folder``; ValueError if there is none that can be read."""
-    # transformers takes seconds to import, and an engine on token ids does not need it.
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        # Whatever the library stumbled over: to the user it is a folder without a tokenizer.
-        raise ValueError(
-            f"{folder} has no tokenizer that transformers can read ({type(error).__name__}); "
-            "name another with tokenizer=..., or set skip_tokenizer_init=True and use token ids"
-        ) from None

@@ -1,0 +1,85 @@
+"""Measurements as processes of their own, on the GPUs that are free.
+
+One after the other, or beside one another where there are GPUs enough. One that fails is reported,
+one that takes too long is ended with all that it started, and the others run all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Stage:
+    """A process to run on ``gpus`` GPUs, and what to do with its result (None if it failed)."""
+
+    name: str
+    command: list[str]
+    gpus: int
+    take: Callable[[dict[str, Any] | None], None]
+    output: Path
+    held: list[str] = field(default_factory=list)
+    process: subprocess.Popen[bytes] | None = None
+    began: float = 0.0
+
+
+def run_stages(
+    stages: list[Stage], *, beside: bool, limit: float, save: Callable[[], None]
+) -> None:
+    """Run them in their order; with ``beside`` a later one may begin on GPUs that are free."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    free = visible.split(",") if visible else [str(number) for number in range(count)]
+    waiting, running = list(stages), []
+    while waiting or running:
+        for stage in list(waiting):
+            fits = stage.gpus <= len(free) or not count
+            if fits and (beside or not running):
+                waiting.remove(stage)
+                stage.held = [free.pop(0) for _ in range(min(stage.gpus, len(free)))]
+                _begin(stage)
+                running.append(stage)
+        if not running and waiting:
+            # More GPUs than there are: the stage itself says so.
+            running.append(waiting.pop(0))
+            _begin(running[-1])
+        time.sleep(0.1)
+        for stage in list(running):
+            assert stage.process is not None
+            code, took = stage.process.poll(), time.monotonic() - stage.began
+            if code is None and took > limit:
+                # With the processes that it started itself.
+                os.killpg(stage.process.pid, signal.SIGKILL)
+                code = stage.process.wait()
+            if code is None:
+                continue
+            running.remove(stage)
+            free += stage.held
+            found = None
+            if stage.output.exists():
+                found = json.loads(stage.output.read_text(encoding="utf-8"))
+            stage.take(found)
+            save()
+            how = "done" if code == 0 else f"FAILED (exit code {code})"
+            print(f"{stage.name}: {how} after {took:.0f} s", flush=True)
+
+
+def _begin(stage: Stage) -> None:
+    environment = dict(os.environ)
+    if stage.held:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(stage.held)
+    stage.process = subprocess.Popen(
+        [sys.executable, "-m", *stage.command], env=environment, start_new_session=True
+    )
+    stage.began = time.monotonic()
