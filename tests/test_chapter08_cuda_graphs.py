@@ -28,7 +28,7 @@ from minivllm.engine.device_rows import (
 )
 from minivllm.engine.graph_runner import GraphRunner
 from minivllm.engine.model_runner import ModelRunner
-from minivllm.engine.prompt_graphs import CONTEXT_OF_DECODES, SEQUENCES, TOKENS, PromptGraphs
+from minivllm.engine.prompt_graphs import SEQUENCES, TOKENS, WORK_OF_DECODES, PromptGraphs
 from minivllm.engine.row_table import RowTable
 from minivllm.engine.sampling_params import SamplingParams
 from minivllm.engine.scheduler import Scheduler
@@ -459,6 +459,7 @@ def prompt_graphs(work=None, recorder=None, **most: int) -> PromptGraphs:
         recorder or NoRecorder(),
         **({"max_tokens": 10_000, "max_seqs": 1000} | most),
         max_blocks=2,
+        query_size=2048,
         vocab_size=5,
         dtype=torch.float32,
         device=CPU,
@@ -473,9 +474,9 @@ def test_which_steps_have_a_graph_of_prompts():
     graphs = prompt_graphs()
     assert fits(graphs, TOKENS[-1], SEQUENCES)
     assert not fits(graphs, TOKENS[-1] + 1, 1) and not fits(graphs, 20, SEQUENCES + 1)
-    many = CONTEXT_OF_DECODES // 32
+    many = WORK_OF_DECODES // 2048 // 32
     assert fits(graphs, 40, 32, many) and not fits(graphs, 40, 32, many + 1), "too long to decode"
-    assert graphs.fits(HostBatch([0] * 40, [], [], [40], [10 * CONTEXT_OF_DECODES], []))
+    assert graphs.fits(HostBatch([0] * 40, [], [], [40], [10 * WORK_OF_DECODES], []))
     small = prompt_graphs(max_tokens=100, max_seqs=3)
     assert small.ladder.sizes == [16, 24, 32, 48, 64, 96, 128]
     assert fits(small, 100, 3) and not fits(small, 100, 4)
@@ -671,6 +672,7 @@ def give_prompts_graphs(runner: GraphRunner, max_tokens: int) -> list[int]:
         max_tokens=max_tokens,
         max_seqs=6,
         max_blocks=runner.rows.block_tables.shape[1],
+        query_size=64,
         vocab_size=runner.logits.shape[1],
         dtype=runner.logits.dtype,
         device=CPU,

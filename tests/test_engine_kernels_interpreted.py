@@ -70,6 +70,7 @@ class InterpretedRunner(GraphRunner):
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
             max_blocks=self.rows.block_tables.shape[1],
+            query_size=64,
             vocab_size=self.vocab_size,
             dtype=dtype,
             device=self.device,

@@ -140,6 +140,7 @@ class GraphRunner(ModelRunner):
                 max_tokens=most_tokens,
                 max_seqs=most_seqs,
                 max_blocks=max_blocks,
+                query_size=self.model_config.num_heads * self.model_config.head_size,
                 vocab_size=self.model_config.vocab_size,
                 dtype=dtype,
                 device=self.device,

@@ -29,10 +29,11 @@ from minivllm.engine.cuda_graphs import GraphLadder, Recorder
 # Each half as large again as the one before or less, so that padding is a third at most.
 TOKENS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 SEQUENCES = 256
-# A decode among prompts is computed as if it had 128 queries. With so many tokens in all their
-# contexts that should still take less time than launching kernels one by one (by the operations of
-# Qwen3-0.6B on an H200; not measured).
-CONTEXT_OF_DECODES = 32_768
+# A decode among prompts is computed as if it had 128 queries. Up to this product, the tokens of all
+# such contexts times the query heads times their size, that should still take less time than
+# launching a layer's kernels one by one. By arithmetic, not measured: 512 operations for each take
+# 0.27 ms a layer at 500 TFLOP/s; launching takes about 0.5.
+WORK_OF_DECODES = 1 << 28
 
 # (batch, places of the last tokens int64 [B], logits [B, V]) -> fills the logits
 PromptWork = Callable[[PagedBatch, torch.Tensor, torch.Tensor], None]
@@ -42,6 +43,7 @@ class PromptGraphs:
     """Steps of up to 4,096 tokens of up to 256 sequences, on memory that stays.
 
     max_tokens, max_seqs: the most that a step can have; less than the above asks for less memory.
+    query_size: numbers of a token's queries, heads times head size.
     max_blocks: width of the block tables. logits: [sequences, V], filled by ``work``. A recorded
     step of n tokens has places for n sequences, since more it cannot have.
     """
@@ -54,11 +56,13 @@ class PromptGraphs:
         max_tokens: int,
         max_seqs: int,
         max_blocks: int,
+        query_size: int,
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.sequences = min(max_seqs, SEQUENCES)
+        self.context_of_decodes = WORK_OF_DECODES // query_size
         # The first that holds the largest step is the last that is needed.
         sizes = [
             size for size, less in zip(TOKENS, (0, *TOKENS), strict=False) if less < max_tokens
@@ -85,10 +89,11 @@ class PromptGraphs:
     def fits(self, batch: HostBatch) -> bool:
         """Whether a recorded step can hold this batch, and is not the slower way."""
         lengths = zip(batch.query_lens, batch.context_lens, strict=True)
+        of_decodes = sum(context for queries, context in lengths if queries == 1)
         return (
             len(batch.input_ids) <= self.ladder.sizes[-1]
             and len(batch.query_lens) <= self.sequences
-            and sum(context for queries, context in lengths if queries == 1) <= CONTEXT_OF_DECODES
+            and of_decodes <= self.context_of_decodes
         )
 
     def load(self, batch: HostBatch, last: list[int]) -> torch.Tensor:
