@@ -43,6 +43,21 @@ def test_stages_are_saved_one_by_one_and_stopped_at_their_limit(
     assert "stage 1: FAILED" in capsys.readouterr().out
 
 
+def test_an_interrupt_ends_the_stages_that_run(module: str, tmp_path: Path) -> None:
+    stages = []
+    for place, seconds in enumerate((0.0, 60.0)):
+        output = tmp_path / f"{place}.json"
+        command = [module, "{}", str(output), str(seconds)]
+        stages.append(Stage(f"stage {place}", command, 0, lambda facts: None, output))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(stages, beside=True, limit=50.0, save=interrupted)
+    assert stages[1].process is not None and stages[1].process.poll() is not None
+
+
 def facts(**ms: float) -> dict[str, Any]:
     return {
         "ready_seconds": 1.0,

@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 import minivllm
 from minivllm import LLM, LLMEngine, RequestOutput, SamplingParams
 from minivllm.engine.detokenizer import REPLACEMENT, IncrementalDetokenizer
+from minivllm.engine.events import EventLog
 from minivllm.models.generate import borrowed_attention, generate_by_recomputing
 from minivllm.models.hub import EMBEDDED_MODEL
 from minivllm.models.loader import load_model
@@ -353,6 +354,15 @@ def test_a_stop_string_at_the_last_token_counts_as_stop(llm):
     (output,) = run(llm, [1], params)
     assert output.outputs[0].finish_reason == "stop"
     assert output.outputs[0].text == SENTENCE[:-2]
+
+
+def test_an_end_is_recorded_once(llm, monkeypatch):
+    """By its last token, which completes a stop string, too."""
+    script = scripted(llm, SENTENCE)
+    events = EventLog()
+    monkeypatch.setattr(llm.engine.scheduler, "events", events)
+    run(llm, [1], SamplingParams(max_tokens=len(script), stop=SENTENCE[-2:]))
+    assert len(events.of("finished")) == 1
 
 
 def test_a_stop_string_that_never_comes(llm):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,37 +43,48 @@ def run_stages(
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     free = visible.split(",") if visible else [str(number) for number in range(count)]
     waiting, running = list(stages), []
-    while waiting or running:
-        for stage in list(waiting):
-            fits = stage.gpus <= len(free) or not count
-            if fits and (beside or not running):
-                waiting.remove(stage)
-                stage.held = [free.pop(0) for _ in range(min(stage.gpus, len(free)))]
-                _begin(stage)
-                running.append(stage)
-        if not running and waiting:
-            # More GPUs than there are: the stage itself says so.
-            running.append(waiting.pop(0))
-            _begin(running[-1])
-        time.sleep(0.1)
-        for stage in list(running):
-            assert stage.process is not None
-            code, took = stage.process.poll(), time.monotonic() - stage.began
-            if code is None and took > limit:
-                # With the processes that it started itself.
-                os.killpg(stage.process.pid, signal.SIGKILL)
-                code = stage.process.wait()
-            if code is None:
-                continue
-            running.remove(stage)
-            free += stage.held
-            found = None
-            if stage.output.exists():
-                found = json.loads(stage.output.read_text(encoding="utf-8"))
-            stage.take(found)
-            save()
-            how = "done" if code == 0 else f"FAILED (exit code {code})"
-            print(f"{stage.name}: {how} after {took:.0f} s", flush=True)
+    try:
+        while waiting or running:
+            for stage in list(waiting):
+                fits = stage.gpus <= len(free) or not count
+                if fits and (beside or not running):
+                    waiting.remove(stage)
+                    stage.held = [free.pop(0) for _ in range(min(stage.gpus, len(free)))]
+                    _begin(stage)
+                    running.append(stage)
+            if not running and waiting:
+                # More GPUs than there are: the stage itself says so.
+                running.append(waiting.pop(0))
+                _begin(running[-1])
+            time.sleep(0.1)
+            for stage in list(running):
+                assert stage.process is not None
+                code, took = stage.process.poll(), time.monotonic() - stage.began
+                if code is None and took > limit:
+                    code = _end(stage)
+                if code is None:
+                    continue
+                running.remove(stage)
+                free += stage.held
+                found = None
+                if stage.output.exists():
+                    found = json.loads(stage.output.read_text(encoding="utf-8"))
+                stage.take(found)
+                save()
+                how = "done" if code == 0 else f"FAILED (exit code {code})"
+                print(f"{stage.name}: {how} after {took:.0f} s", flush=True)
+    finally:
+        # Interrupted: they have sessions of their own, and would run on.
+        for stage in running:
+            _end(stage)
+
+
+def _end(stage: Stage) -> int:
+    """Kill it, with the processes that it started itself; returns its exit code."""
+    assert stage.process is not None
+    with suppress(ProcessLookupError):
+        os.killpg(stage.process.pid, signal.SIGKILL)
+    return stage.process.wait()
 
 
 def _begin(stage: Stage) -> None:

@@ -169,13 +169,18 @@ class Scheduler:
             self.events.add("step ended", None, (), *numbers, step=step.number)
 
     def finish(self, seq: Sequence, reason: str) -> None:
-        """End a sequence wherever it stands, and give back its blocks."""
+        """End a sequence wherever it stands, and give back its blocks.
+
+        One that has ended already, with its last token, only gets another reason.
+        """
+        ended = seq.finished
         if seq.status is Status.RUNNING:
             self._drop(seq)
         elif seq.status is Status.WAITING:
             self.waiting.remove(seq)
         seq.finish(reason)
-        self._record_finish(seq)
+        if not ended:
+            self._record_finish(seq)
 
     def recover(self) -> None:
         """After a step that failed: recompute everything that ran, and trust no cached block."""
