@@ -2,9 +2,9 @@
 
     python -m chapters.chapter08_cuda_graphs.results    # writes them into README.md
 
-``minivllm bench throughput --profile --output FILE``, ``minivllm bench latency --output FILE`` and
-``python -m minivllm.benchmarks.forward --output FILE`` make the reports. No figure of theirs stands
-anywhere else in the text.
+``minivllm bench throughput --profile --output FILE``, ``minivllm bench latency --output FILE``,
+both also with ``--shapes Qwen3-8B``, and ``python -m minivllm.benchmarks.forward --output FILE``
+make the reports. No figure of theirs stands anywhere else in the text.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 THROUGHPUT, LATENCY = FOLDER / "throughput_h200.json", FOLDER / "latency_h200.json"
 FORWARD = FOLDER / "forward_h200.json"
+LARGER = FOLDER / "latency_8b_h200.json", FOLDER / "throughput_8b_h200.json"
 # What earlier chapters measured on the same kind of GPU.
 FORMS = FOLDER.parent / "chapter01_layers" / "forms_gpu.json"
 STEPS = FOLDER.parent / "chapter03_naive_attention" / "steps_gpu.json"
@@ -98,21 +99,14 @@ def profile_table() -> str:
         row(f"{part}, ms", [_part(profile, part) for profile in found.values()])
     note = f"{report['model']} shapes, bfloat16; {of(report)}."
     if any(" – |" in line for line in rows):
-        note += " –: a chain of kernels that overlap, and were not told apart."
+        note += " –: done inside the others."
     return "\n".join([*rows, "", f"({note})"])
 
 
 def _part(profile: dict[str, Any], part: str) -> str:
-    """Milliseconds of a part, or a dash.
-
-    A profile may count a kernel from its launch, though it waits inside for the one before. Where
-    that is attention's merge alone, what the other parts leave of the busy time is attention's; in
-    a chain of such kernels no part can be told from the others.
-    """
-    parts, busy = dict(profile["parts_ms"]), profile["busy_ms"]
-    if parts["attention"] > busy:
-        parts["attention"] = busy - sum(ms for name, ms in parts.items() if name != "attention")
-    return "–" if sum(parts.values()) > 1.02 * busy else f"{parts.get(part, 0):.3f}"
+    """Milliseconds of a part, or a dash where no kernel does only that."""
+    ms = profile["parts_ms"].get(part)
+    return "–" if ms is None else f"{ms:.3f}"
 
 
 def folding() -> str:
@@ -122,6 +116,18 @@ def folding() -> str:
     return (
         f"- Folded norms: a step of {step['step'].split(',')[0]} takes {step['ms']['folded']:.2f} "
         f"ms instead of {step['ms']['fused']:.2f} ({of(report)})."
+    )
+
+
+def larger() -> str:
+    """A model of which reading the weights is nearly all, in a sentence."""
+    slow, fast = map(read, LARGER)
+    one = slow["batches"]["1"]
+    return (
+        f"- {slow['model']}'s shapes: {one['ms_per_token']:.2f} ms a token at batch 1 (its weights "
+        f"are read in {slow['weights']['ms']:.2f}); {fast['requests']} requests: "
+        f"{fast['first_output_tokens_per_s']:,.0f} tokens/s, "
+        f"{fast['first_share_of_limit']:.2f} of the limit ({of(fast)})."
     )
 
 
@@ -143,9 +149,10 @@ def speed() -> str:
         f"- {fast['requests']} requests at once: {rates[0]:,.0f} to {rates[-1]:,.0f} tokens/s; the "
         "[front page](../../README.md#beside-the-engines-next-door) sets the limit beside it.",
         f"- The host's half of a step: {host_ms():.2f} ms, while the GPU runs the step before.",
-        f"- {len(graphs['sizes'])} graphs were recorded in {graphs['seconds']:.1f} s and take "
-        f"{graphs['num_bytes'] / 2**20:.0f} MiB.",
+        f"- Graphs for {len(graphs['sizes'])} batch sizes and for prompts were recorded in "
+        f"{graphs['seconds']:.1f} s and take {graphs['num_bytes'] / 2**20:.0f} MiB.",
         folding(),
+        larger(),
     ]
     return "\n".join(lines)
 

@@ -351,7 +351,7 @@ def draw_gpus(reports: Sequence[dict[str, Any]]) -> Figure:
         by_ranks = results.decodes(report)[batch]
         for place, (ranks, facts) in enumerate(by_ranks.items()):
             if not results.fits(report, batch, ranks):
-                ax.text(place, 0, "kernels\ndo not fit", ha="center", va="bottom", fontsize=8)
+                ax.text(place, 0, "a kernel\ndid not fit", ha="center", va="bottom", fontsize=8)
                 continue
             least, talked = facts.get("limit_ms", 0.0), facts.get("communication_ms", 0.0)
             # What overlaps is counted once.

@@ -122,7 +122,7 @@ def gpu_table() -> str:
                 named = ("", "")
     lines = [*rows, ""]
     if any("¹" in row for row in rows):
-        lines += ["¹ Not to be compared: a kernel, mended since, did not fit (8B's: barely).", ""]
+        lines += ["¹ Not to be compared: more sequences take less, so a kernel fits ill.", ""]
     lines.append(
         f"({of(read(GPUS))}; bfloat16, random weights. *Exchanges* include the wait for the "
         "slowest rank; *least* is reading a rank's weights and cache at "
