@@ -254,7 +254,8 @@ def test_follow_tells_of_exchanged_blocks():
     table.follow([seq], later)
     entries = told(later, rows).block_tables[row].tolist()[:3]
     assert entries == [0, 7, 2], "entry 1 now holds block 7: seq.exchanged says so"
-    assert seq.exchanged == [] and len(later.words) == 1
+    assert seq.exchanged == [], "follow has told of them, so seq.exchanged must be empty now"
+    assert len(later.words) == 1, "one block was exchanged, so one word is sent"
 
 
 @pytest.mark.parametrize("reason", ["length", "abort"])
@@ -281,7 +282,7 @@ def test_a_preempted_sequence_loses_its_row():
     seq.status, seq.block_table = Status.WAITING, []
     seq.num_preemptions += 1
     table.drop_stale()
-    assert seq not in table
+    assert seq not in table, "it was preempted and has no blocks, so its row must be free"
     seq.status, seq.block_table = Status.RUNNING, [4, 3, 2]
     later = RowUpdates(2, 4)
     row = table.enter(seq, later)

@@ -279,7 +279,9 @@ def sampled(logits: torch.Tensor, size: int) -> tuple[list[list[int]], Meeting]:
         share[:, : end - first] = logits[:, first:end]
 
         def best(mine: torch.Tensor, _: object) -> tuple[torch.Tensor, torch.Tensor]:
-            assert mine.shape[1] == end - first, "what lies behind the owned tokens is no logit"
+            assert mine.shape[1] == end - first, (
+                "best got columns behind this rank's tokens: sample must cut them off before"
+            )
             score, token = mine.max(dim=-1)
             return score, token + first
 

@@ -101,7 +101,7 @@ class GraphLadder:
         self.seconds = time.perf_counter() - started
 
     def size_for(self, batch: int) -> int:
-        """The smallest recorded size that holds ``batch`` places."""
+        """The smallest recorded size that holds ``batch`` places; ValueError if none does."""
         if not 1 <= batch <= self.sizes[-1]:
             raise ValueError(
                 f"batch={batch} has no graph: sizes from 1 to {self.sizes[-1]} are recorded"
