@@ -14,7 +14,12 @@ def run_chat(
     max_tokens: int = 256,
     temperature: float = 0.0,
 ) -> None:
-    """Answer ``question``, or, without one, every line of standard input in turn."""
+    """Answer ``question``, or, without one, every line of standard input in turn.
+
+    A line that cannot be answered, as when the conversation has filled the model's context, is
+    told on standard error, and the conversation begins anew. A single ``question`` raises
+    ValueError.
+    """
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     with LLM(**settings) as llm:
         if question is not None:
@@ -29,7 +34,12 @@ def run_chat(
                 return
             if line:
                 history.append({"role": "user", "content": line})
-                text = answer(llm, history, params)
+                try:
+                    text = answer(llm, history, params)
+                except ValueError as error:
+                    print(f"minivllm: {error} (what was said before is forgotten)", file=sys.stderr)
+                    history.clear()
+                    continue
                 history.append({"role": "assistant", "content": text})
 
 

@@ -1,6 +1,7 @@
 """The command line: ``minivllm`` alone runs the demo."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -9,7 +10,11 @@ from minivllm.cli_flags import add_engine_flags, add_generation_flags, engine_se
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (2 for a user's mistake, told in one line)."""
+    """Run one command; returns the exit code.
+
+    2: a user's mistake, or a file that cannot be read or written, told in one line. 130:
+    interrupted. 141: whoever read the output has gone.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
@@ -19,7 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_with_own_flags(arguments[1:])
         options = parser.parse_args(arguments)
         options.run(options)
-    except ValueError as error:
+        # Here, and not when Python ends, so that a pipe that nobody reads is noticed below.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # As of "minivllm | head". Python flushes once more at its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
         print(f"minivllm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,8 @@
 """Flags that several commands share: those of the engine, of generation, and of reports."""
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 ENGINE_FLAGS = (
@@ -88,9 +90,27 @@ def add_shapes_name(parser: argparse.ArgumentParser) -> None:
 
 def add_plot_flag(parser: argparse.ArgumentParser) -> None:
     """A picture of the figures."""
-    parser.add_argument("--plot", metavar="FILE", help="also draw the figures there, as SVG")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=_writable, help="also draw the figures there, as SVG"
+    )
 
 
 def add_output_flag(parser: argparse.ArgumentParser) -> None:
     """A report of the figures."""
-    parser.add_argument("--output", metavar="FILE", help="also write the figures there, as JSON")
+    parser.add_argument(
+        "--output", metavar="FILE", type=_writable, help="also write the figures there, as JSON"
+    )
+
+
+def _writable(name: str) -> str:
+    """The name of a file that can be written: better learnt before the minutes of a benchmark."""
+    file = Path(name)
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{name!r} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{name!r}: there is no folder {str(file.parent)!r}; make it first, or choose another"
+        )
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be written; choose another file")
+    return name

@@ -1,6 +1,7 @@
 """The offline interface: hand over prompts, get texts back, in the order of the prompts."""
 
 import itertools
+import reprlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
@@ -132,7 +133,7 @@ class LLM:
         messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of such lists. template:
         further arguments of the tokenizer's chat template, such as ``enable_thinking=False``.
         """
-        many = [messages] if messages and isinstance(messages[0], dict) else messages
+        many = _conversations(messages)
         prompts = [self.apply_chat_template(conversation, **template) for conversation in many]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -146,15 +147,18 @@ class LLM:
         Yields the request at every new token, its text complete so far. Leaving the loop early
         aborts the request.
         """
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
             prompt = self.apply_chat_template(prompt)
-        params = sampling_params or SamplingParams()
+        params = SamplingParams() if sampling_params is None else sampling_params
         # Now, so that a prompt that is no good is refused here and not in the caller's loop.
         text, token_ids = self.engine.check_request(prompt, params)
         return self._follow({"prompt": text, "prompt_token_ids": token_ids}, params)
 
     def apply_chat_template(self, messages: Sequence[Message], **template: Any) -> Prompt:
-        """The prompt that the model's chat template makes of a conversation."""
+        """The prompt that the model's chat template makes of a conversation.
+
+        Raises ValueError for messages, or arguments, that the template cannot use.
+        """
         for field in fields(SamplingParams):
             # Templates ignore what they do not know, so this would go unnoticed.
             if field.name in template:
@@ -167,16 +171,30 @@ class LLM:
             raise ValueError("chat needs a tokenizer, but skip_tokenizer_init=True")
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("this model's tokenizer has no chat template; use generate instead")
-        for message in messages or [None]:
+        every = list(messages) if isinstance(messages, Iterable) else [messages]
+        for message in every or [None]:
             if not isinstance(message, dict) or not {"role", "content"} <= set(message):
                 raise ValueError(
                     f"message {message!r} must be a dict with the keys 'role' and 'content'"
                 )
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, **template
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                every, tokenize=False, add_generation_prompt=True, **template
+            )
+            # Here a lone surrogate is refused, which stands for a byte that is no UTF-8.
+            text.encode()
+        except Exception as error:
+            # A template is a program of the model's, and may raise anything.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            given = {"messages": every, **template}
+            values = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in given.items())
+            raise ValueError(
+                f"the model's chat template cannot use {values} ({reason}); give roles that it "
+                "knows, each content as text, and only arguments that it takes"
+            ) from None
         # The template has written every special token already; encode must not add its own.
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        # Not verbose: what is too long is refused later, and by us, not with a warning from there.
+        token_ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return {"prompt": text, "prompt_token_ids": token_ids}
 
     @property
@@ -193,7 +211,7 @@ class LLM:
     ) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * len(prompts)
-        if not isinstance(params, Iterable):
+        if isinstance(params, str | dict) or not isinstance(params, Iterable):
             raise ValueError(
                 f"sampling_params={params!r} must be a SamplingParams, or a list of one for each "
                 "prompt"
@@ -268,6 +286,19 @@ class LLM:
     def _drop(self, request_id: str) -> None:
         self.engine.abort_request(request_id)
         del self._mail[request_id]
+
+
+def _conversations(
+    messages: Sequence[Message] | Sequence[Sequence[Message]],
+) -> list[Sequence[Message]]:
+    """One conversation or many: a list of dicts is one, made of messages."""
+    if isinstance(messages, dict) or not isinstance(messages, Iterable):
+        raise ValueError(
+            f"messages={messages!r} must be a list of dicts with the keys 'role' and 'content', or "
+            "a list of such lists"
+        )
+    every = list(messages)
+    return [every] if every and isinstance(every[0], dict) else every
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

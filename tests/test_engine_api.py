@@ -594,6 +594,8 @@ def test_stream_of_a_chat(llm):
     *_, last = llm.stream(HELLO, GREEDY)
     assert last.prompt == PROMPT_OF_HELLO
     assert last.outputs == llm.chat(HELLO, GREEDY, use_tqdm=False)[0].outputs
+    *_, of_a_tuple = llm.stream(tuple(HELLO), GREEDY)
+    assert of_a_tuple.outputs == last.outputs
 
 
 # ---------------------------------------------------------------------------- engine

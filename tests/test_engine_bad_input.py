@@ -65,6 +65,7 @@ def test_unknown_keywords(folder):
         max_modal_len=9,
     )
     refuses(r"unknown argument xyzzy=1; known: .*block_size", LLM, folder, xyzzy=1)
+    refuses(r"max_tokens=9 .*; give SamplingParams\(max_tokens=", LLM, folder, max_tokens=9)
     refuses(
         r"unknown argument temprature=0; did you mean 'temperature'\?",
         SamplingParams,
@@ -95,6 +96,12 @@ def test_a_config_and_keywords(folder):
     [
         ({"block_size": 24}, "block_size=24 must be one of 16, 32, 64, 128, 256"),
         ({"block_size": 0}, "block_size=0 must be one of"),
+        ({"block_size": 16.0}, "block_size=16.0 must be one of"),
+        ({"model": 5}, "model=5 must be the path of a folder, a name on the hub, or None"),
+        ({"model": ""}, "model='' must be the path"),
+        ({"tokenizer": ["x"]}, r"tokenizer=\['x'\] must be the path"),
+        ({"seed": "x"}, "seed='x' must be an integer"),
+        ({"device": None}, "device=None must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be an integer of at least 1"),
         ({"max_num_seqs": True}, "max_num_seqs=True must be an integer"),
         ({"max_num_batched_tokens": 1.5}, "max_num_batched_tokens=1.5 must be an integer"),
@@ -120,7 +127,11 @@ def test_a_config_and_keywords(folder):
     ],
 )
 def test_engine_settings_that_will_not_do(folder, settings, message):
-    refuses(message, LLM, folder, **settings)
+    refuses(message, LLM, **{"model": folder, **settings})
+
+
+def test_a_device_of_pytorch_is_as_good_as_its_name():
+    assert EngineConfig(device=torch.device("cpu"), tensor_parallel_size=2).device == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +162,9 @@ def test_engine_settings_that_will_not_do(folder, settings, message):
         ({"stop": ["a", ""]}, r"stop=\['a', ''\] must hold non-empty strings"),
         ({"stop": [5]}, r"stop=\[5\] must hold non-empty strings"),
         ({"stop": 5}, "stop=5 must be a list"),
+        ({"stop": {"a": 1}}, "stop={'a': 1} must be a list"),
+        ({"stop_token_ids": iter([5])}, "stop_token_ids=<list_iterator .* must be a list"),
+        ({"ignore_eos": "no"}, "ignore_eos='no' must be True or False"),
         ({"stop_token_ids": 5}, "stop_token_ids=5 must be a list"),
         ({"stop_token_ids": [-1]}, "stop_token_ids=-1 must be at least 0"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids='a' must be an integer"),
@@ -228,6 +242,8 @@ def test_sampling_params_do_not_fit_the_prompts(llm):
     refuses("sampling_params=5 must be a SamplingParams", llm.generate, [[1], [2]], 5)
     refuses("sampling_params=.* must be a SamplingParams", llm.generate, [[1]], [{"top_k": 1}])
     refuses("sampling_params=.* must be a SamplingParams", llm.stream, [1], {"top_k": 1})
+    refuses("sampling_params={} must be a SamplingParams", llm.stream, [1], {})
+    refuses("sampling_params={'top_k': 1} must be", llm.generate, [[1]], {"top_k": 1})
 
 
 def test_stop_tokens_outside_the_vocabulary(llm):
@@ -251,10 +267,30 @@ def test_a_request_id_that_is_taken(llm):
         ([["hello"]], "message 'hello' must be a dict"),
         ([{"role": "user"}], "message .*'user'.* must be a dict with the keys"),
         ([[]], "message None must be a dict"),
+        ([5], "message 5 must be a dict"),
+        (None, "messages=None must be a list of dicts"),
+        ({"role": "user", "content": "hi"}, "messages={.*} must be a list of dicts"),
+        ([{"role": "user", "content": "\udcff"}], "template cannot use .*surrogates not allowed"),
     ],
 )
 def test_conversations_that_will_not_do(llm, messages, message):
     refuses(message, llm.chat, messages, use_tqdm=False)
+
+
+def test_a_template_that_fails(llm, monkeypatch):
+    monkeypatch.setattr(llm.engine.tokenizer, "chat_template", "{{ 'x' + messages[0].content }}")
+    refuses(
+        "template cannot use messages=.*TypeError.*each content as text",
+        *(llm.chat, [{"role": "user", "content": 5}]),
+    )
+
+
+def test_arguments_that_a_template_cannot_take(llm):
+    refuses(
+        "template cannot use messages=.*, tokenize=True .*only arguments that it takes",
+        *(llm.chat, [{"role": "user", "content": "hi"}]),
+        tokenize=True,
+    )
 
 
 # ---------------------------------------------------------------------------- without a tokenizer
@@ -326,6 +362,32 @@ def with_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
             "architecture 'GPT2' is not supported; this package runs Qwen3ForCausalLM",
         ),
         (
+            lambda f: edit_json(f / "config.json", lambda c: {**c, "architectures": "Qwen3"}),
+            "config.json: architectures='Qwen3' must be a list of class names",
+        ),
+        (
+            lambda f: edit_json(f / "config.json", lambda c: {**c, "rope_parameters": [1]}),
+            r"config.json: rope_parameters=\[1\] must be a JSON object",
+        ),
+        (
+            lambda f: edit_json(
+                f / "config.json", lambda c: {**c, "rope_parameters": {"rope_theta": "1e6"}}
+            ),
+            "config.json: rope_theta='1e6' must be a number",
+        ),
+        (
+            lambda f: edit_json(f / "config.json", lambda c: {**c, "tie_word_embeddings": 1}),
+            "config.json: tie_word_embeddings=1 must be true or false",
+        ),
+        (
+            lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["end"]}'),
+            r"generation_config.json: eos_token_id=\['end'\] must be a token id or a list",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+            "index.json: weight_map must give each tensor's file",
+        ),
+        (
             lambda f: (f / "tokenizer.json").write_text("{}"),
             "no tokenizer that transformers can read.*skip_tokenizer_init=True",
         ),
@@ -339,6 +401,12 @@ def with_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
         "left over",
         "wrong shape",
         "architecture",
+        "architecture as text",
+        "rope as a list",
+        "rope base as text",
+        "a number for a boolean",
+        "end token as text",
+        "index without files",
         "tokenizer",
     ],
 )

@@ -1,12 +1,13 @@
 """The engine's settings, checked once."""
 
 from dataclasses import dataclass, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minivllm.engine.sampling_params import refuse_unknown
+from minivllm.engine.sampling_params import SamplingParams, refuse_unknown
 from minivllm.engine.scheduler import POLICIES
 from minivllm.models.config import DTYPES
 
@@ -64,10 +65,30 @@ class EngineConfig:
     @classmethod
     def from_keywords(cls, keywords: dict[str, Any]) -> "EngineConfig":
         """Build from keyword arguments; ValueError for one that does not exist."""
-        refuse_unknown(keywords, [field.name for field in fields(cls)])
+        known = [field.name for field in fields(cls)]
+        for field in fields(SamplingParams):
+            if field.init and field.name in keywords and field.name not in known:
+                raise ValueError(
+                    f"{field.name}={keywords[field.name]!r} is a matter of each request, not of "
+                    f"the engine; give SamplingParams({field.name}=...)"
+                )
+        refuse_unknown(keywords, known)
         return cls(**keywords)
 
     def __post_init__(self) -> None:
+        for name in ("model", "tokenizer"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str | PathLike) or value == ""):
+                raise ValueError(
+                    f"{name}={value!r} must be the path of a folder, a name on the hub, or None"
+                )
+        if isinstance(self.device, torch.device):
+            # What works as a device is welcome, but settings travel to other ranks as text.
+            object.__setattr__(self, "device", str(self.device))
+        if not isinstance(self.device, str):
+            raise ValueError(f"device={self.device!r} must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} must be an integer")
         for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
             self._check_positive(name)
         for name in ("max_model_len", "num_kv_blocks"):
@@ -140,5 +161,6 @@ class EngineConfig:
 
     def _check_choice(self, name: str, choices: tuple[Any, ...]) -> None:
         value = getattr(self, name)
-        if value not in choices:
+        # The types as well, for 16.0 and 1 equal 16 and True.
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, choices))}")

@@ -1,7 +1,7 @@
 """What a request asks of the sampler, and when it ends."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
@@ -54,8 +54,12 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, at_least=0, at_most=100, hint="None reports none")
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, Iterable):
+            one_text = name == "stop" and isinstance(value, str)
+            # An iterator would be used up by the checks below.
+            if not one_text and not isinstance(value, list | tuple | set | frozenset | None):
                 raise ValueError(f"{name}={value!r} must be a list")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos={self.ignore_eos!r} must be True or False")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         for text in stop:
             if not isinstance(text, str) or not text:

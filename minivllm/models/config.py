@@ -10,6 +10,18 @@ import torch
 
 from minivllm.layers.rotary_embedding import RopeScaling
 
+ROPE_NUMBERS = (
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
+
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -64,6 +76,8 @@ class ModelConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"model config: head_size={self.head_size} must be even (RoPE)")
+        if not self.rope_base > 0:
+            raise ValueError(f"model config: rope_base={self.rope_base} must be above 0 (RoPE)")
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -73,8 +87,10 @@ class ModelConfig:
         cannot run.
         """
         config = read_json(folder / "config.json")
+        _check_kinds(folder / "config.json", config)
         generation_file = folder / "generation_config.json"
         generation = read_json(generation_file) if generation_file.exists() else {}
+        _check_kinds(generation_file, generation)
         return cls.from_hf(config, generation)
 
     @classmethod
@@ -136,11 +152,45 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist; is this a Hugging Face model folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); fetch the model again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+# What the keys that are no sizes hold, unless they are absent or null.
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "architectures": ((list,), "a list of class names"),
+    "layer_types": ((list,), "a list"),
+    "eos_token_id": ((int, list), "a token id or a list of them"),
+    "rope_parameters": ((dict,), "a JSON object"),
+    "rope_scaling": ((dict,), "a JSON object"),
+    "dtype": ((str,), "the name of a dtype"),
+    "torch_dtype": ((str,), "the name of a dtype"),
+    "tie_word_embeddings": ((bool,), "true or false"),
+    "attention_bias": ((bool,), "true or false"),
+    "mlp_bias": ((bool,), "true or false"),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", *ROPE_NUMBERS), ((int, float), "a number")),
+}
+ITEMS = {"architectures": str, "layer_types": str, "eos_token_id": int}
+
+
+def _check_kinds(file: Path, content: Mapping[str, Any]) -> None:
+    """ValueError for a value of a kind that the code below does not expect."""
+    for key, (kinds, what) in KINDS.items():
+        value = content.get(key)
+        if value is None:
+            continue
+        items = value if isinstance(value, list) else []
+        # JSON's true is an int to Python, and no number.
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        if wrong or not all(isinstance(item, ITEMS[key]) for item in items):
+            raise ValueError(f"{file}: {key}={value!r} must be {what}")
+        if isinstance(value, dict):
+            _check_kinds(file, value)
 
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -27,11 +27,11 @@ def model_folder(model: str | Path | None) -> Path:
             "name such as 'Qwen/Qwen3-0.6B', or no model at all for the embedded one"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED_FILES, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
         pass
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED_FILES))

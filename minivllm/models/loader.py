@@ -43,7 +43,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, whole or sharded; ValueError if one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        places = read_json(index).get("weight_map") or {}
+        if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+            raise ValueError(f"{index}: weight_map must give each tensor's file; fetch it again")
+        names = sorted(set(places.values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing or not names:
             raise ValueError(f"{index} names files that are not there: {', '.join(missing) or '-'}")
