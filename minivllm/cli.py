@@ -6,7 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from minivllm.benchmarks.commands import OWN_FLAGS, add_benchmarks, run_with_own_flags
-from minivllm.cli_flags import add_engine_flags, add_generation_flags, engine_settings
+from minivllm.cli_flags import (
+    Parser,
+    add_engine_flags,
+    add_generation_flags,
+    engine_settings,
+    positive,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,14 +70,14 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="minivllm",
         description="A small, fast LLM inference engine. Without a command it runs the demo.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="answer 60 chat prompts and report how fast")
-    demo.add_argument("--repeat", type=int, default=30, help="how often each prompt runs (30)")
+    demo.add_argument("--repeat", type=positive, default=30, help="how often each prompt runs (30)")
     add_generation_flags(demo)
     demo.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_engine_flags(demo)

@@ -3,7 +3,15 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that tells a mistake in one line, without the list of all flags above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
 
 ENGINE_FLAGS = (
     "model",
@@ -100,6 +108,31 @@ def add_output_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE", type=_writable, help="also write the figures there, as JSON"
     )
+
+
+def positive(text: str) -> int:
+    """A count: an integer of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return number
+
+
+def device_name(text: str) -> str:
+    """A device that PyTorch knows by this name, or ``auto``."""
+    # Here, for whoever asks for --help need not wait for it.
+    import torch
+
+    try:
+        known = text == "auto" or torch.device(text).type in ("cpu", "cuda")
+    except RuntimeError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; give cpu, cuda or cuda:N")
+    return text
 
 
 def _writable(name: str) -> str:

@@ -123,6 +123,30 @@ def test_mistakes_are_told_in_one_line(flag, capsys):
     assert f"{flag[2:]}=0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["latency", "--batch", "0"], "argument --batch: '0' must be an integer of at least 1"),
+        (["offline", "--repeat", "x"], "argument --repeat: 'x' must be an integer of at least 1"),
+        (["tensor-parallel", "--ranks", "0"], "argument --ranks: '0' must be an integer"),
+        (["tensor-parallel", "--device", "gpu"], "argument --device: 'gpu' is no device; give cpu"),
+        (["check", "--device", "gpu"], "argument --device: 'gpu' is no device; give cpu"),
+        (["decode", "--heads", "0"], "argument --heads: '0' must be an integer of at least 1"),
+    ],
+)
+def test_flags_that_cannot_be_are_told_in_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *words])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and "--help" in line
+
+
+def test_shapes_and_a_model_are_not_both_named(capsys):
+    assert main(["bench", "throughput", "--shapes", "Qwen3-0.6B", "--model", "/nowhere"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
 def test_peak_memory_never_falls():
     if peak_host_bytes() is None:
         pytest.skip("nobody counts it here")

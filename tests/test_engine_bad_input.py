@@ -477,6 +477,38 @@ def test_too_little_memory_for_one_block(folder, monkeypatch):
     )
 
 
+# ---------------------------------------------------------------------------- tokenizers, torchrun
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    """Of which transformers would make a tokenizer of a single token."""
+    bare = make_checkpoint(tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    refuses(r"has no tokenizer: .*tokenizer=\.\.\., or set skip_tokenizer_init", LLM, bare)
+    LLM(bare, skip_tokenizer_init=True, num_kv_blocks=2).shutdown()
+
+
+def test_a_tokenizer_that_is_not_there(folder):
+    refuses("tokenizer='/nowhere': no such folder", LLM, folder, tokenizer="/nowhere")
+
+
+def test_a_prompt_that_is_no_text(llm):
+    refuses(r"prompt='\\ud800' is no text that UTF-8 can hold; decode", llm.generate, "\ud800")
+
+
+@pytest.mark.parametrize("params", [{}, 0])
+def test_params_that_are_none(llm, params):
+    refuses("must be a SamplingParams, not", llm.engine.add_request, "a", [1], params)
+
+
+def test_variables_of_torchrun_that_are_no_numbers(folder, monkeypatch):
+    given = {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**given, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    refuses("RANK='x' in the environment must be a number", LLM, folder, tensor_parallel_size=2)
+
+
 # ---------------------------------------------------------------------------- no error at all
 
 

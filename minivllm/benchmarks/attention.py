@@ -23,6 +23,7 @@ import torch
 from minivllm.benchmarks import harness
 from minivllm.benchmarks.attention_cases import DecodeCase, PrefillCase, Shape
 from minivllm.benchmarks.report import write_report
+from minivllm.cli_flags import Parser, device_name, positive
 
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 1024}
 PREFILL_LENGTHS = {"cuda": (256, 1024, 4096, 16384), "cpu": (128, 512, 1024)}
@@ -207,15 +208,22 @@ def _pivot(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="minivllm bench", description=__doc__)
-    parser.add_argument("what", choices=["prefill", "decode", "check"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--heads", type=int, help="query heads (default 16; decode on a GPU: 16, then 32)"
+    parser = Parser(
+        prog="minivllm bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kv-heads", type=int, default=8, help="KV heads (default 8)")
-    parser.add_argument("--head-size", type=int, default=128, help="default 128")
-    parser.add_argument("--block-size", type=int, default=64, help="tokens a page (default 64)")
+    parser.add_argument("what", choices=["prefill", "decode", "check"])
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_name, default=here)
+    parser.add_argument(
+        "--heads", type=positive, help="query heads (default 16; decode on a GPU: 16, then 32)"
+    )
+    parser.add_argument("--kv-heads", type=positive, default=8, help="KV heads (default 8)")
+    parser.add_argument("--head-size", type=positive, default=128, help="default 128")
+    parser.add_argument(
+        "--block-size", type=positive, default=64, help="tokens a page (default 64)"
+    )
     parser.add_argument("--output", type=Path, help="folder for JSON and plot")
     parser.add_argument("--small", action="store_true", help="check: few small cases")
     options = parser.parse_args(argv)

@@ -14,6 +14,7 @@ from minivllm.cli_flags import (
     add_shapes_flag,
     add_shapes_name,
     engine_settings,
+    positive,
 )
 
 # Have flags of their own, which they know only once PyTorch is imported.
@@ -33,8 +34,7 @@ def run_with_own_flags(arguments: Sequence[str]) -> int:
         return attention_main(arguments)
     from minivllm.benchmarks.tensor_parallel import main as tensor_parallel_main
 
-    tensor_parallel_main(arguments[1:])
-    return 0
+    return tensor_parallel_main(arguments[1:])
 
 
 def add_benchmarks(benches: Any) -> None:
@@ -53,8 +53,10 @@ def _add_offline(benches: Any) -> None:
     offline = benches.add_parser(
         "offline", help="the demo's prompts, this engine beside transformers' generate"
     )
-    offline.add_argument("--repeat", type=int, default=30, help="how often each prompt runs (30)")
-    offline.add_argument("--rounds", type=int, default=3, help="measured pairs (3)")
+    offline.add_argument(
+        "--repeat", type=positive, default=30, help="how often each prompt runs (30)"
+    )
+    offline.add_argument("--rounds", type=positive, default=3, help="measured pairs (3)")
     add_output_flag(offline)
     add_engine_flags(offline)
     offline.set_defaults(run=_run_offline)
@@ -64,7 +66,7 @@ def _add_scheduler(benches: Any) -> None:
     scheduler = benches.add_parser(
         "scheduler", help="simulate requests without a model: scheduling decisions a second"
     )
-    scheduler.add_argument("--requests", type=int, default=100_000, help="how many (100000)")
+    scheduler.add_argument("--requests", type=positive, default=100_000, help="how many (100000)")
     add_output_flag(scheduler)
     scheduler.set_defaults(run=_run_scheduler)
 
@@ -87,9 +89,9 @@ def _add_throughput(benches: Any) -> None:
 
 def _add_latency(benches: Any) -> None:
     latency = benches.add_parser("latency", help="time to the first token and between tokens")
-    latency.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="1 8 32")
-    latency.add_argument("--input", type=int, default=128, help="tokens of a prompt (128)")
-    latency.add_argument("--tokens", type=int, default=256, help="tokens of an answer (256)")
+    latency.add_argument("--batch", type=positive, nargs="+", default=[1, 8, 32], help="1 8 32")
+    latency.add_argument("--input", type=positive, default=128, help="tokens of a prompt (128)")
+    latency.add_argument("--tokens", type=positive, default=256, help="tokens of an answer (256)")
     add_shapes_flag(latency)
     latency.set_defaults(run=_run_latency)
 
@@ -101,7 +103,10 @@ def _add_ladder(benches: Any) -> None:
     ladder.add_argument("--requests", type=int, help="how many (128; 32 on a CPU)")
     ladder.add_argument("--batch", type=int, help="sequences at a time (32; 8 on a CPU)")
     ladder.add_argument(
-        "--subset", type=int, default=4, help="requests of the chapters that serve one by one (4)"
+        "--subset",
+        type=int,
+        default=4,
+        help="requests of the chapters that serve one by one (4)",
     )
     ladder.add_argument("--rounds", type=int, default=3, help="of each, unless it is slow (3)")
     ladder.add_argument("--model", help="a folder or hub name (the embedded tiny Qwen3)")

@@ -35,14 +35,17 @@ class Stage:
     began: float = 0.0
 
 
-def run_stages(
-    stages: list[Stage], *, beside: bool, limit: float, save: Callable[[], None]
-) -> None:
-    """Run them in their order; with ``beside`` a later one may begin on GPUs that are free."""
+def run_stages(stages: list[Stage], *, beside: bool, limit: float, save: Callable[[], None]) -> int:
+    """Run them in their order; with ``beside`` a later one may begin on GPUs that are free.
+
+    Returns how many failed. Interrupted or terminated, it ends those that run.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     free = visible.split(",") if visible else [str(number) for number in range(count)]
-    waiting, running = list(stages), []
+    waiting, running, failed = list(stages), [], 0
+    # They have sessions of their own, and would run on.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while waiting or running:
             for stage in list(waiting):
@@ -71,12 +74,14 @@ def run_stages(
                     found = json.loads(stage.output.read_text(encoding="utf-8"))
                 stage.take(found)
                 save()
+                failed += code != 0
                 how = "done" if code == 0 else f"FAILED (exit code {code})"
                 print(f"{stage.name}: {how} after {took:.0f} s", flush=True)
     finally:
-        # Interrupted: they have sessions of their own, and would run on.
+        signal.signal(signal.SIGTERM, before)
         for stage in running:
             _end(stage)
+    return failed
 
 
 def _end(stage: Stage) -> int:

@@ -30,18 +30,23 @@ from minivllm.benchmarks.tensor_parallel_report import (
     take_over,
 )
 from minivllm.benchmarks.workload import matrix_parameters
+from minivllm.cli_flags import Parser, add_output_flag, device_name, positive
 from minivllm.models.config import ModelConfig
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure each shape on each number of ranks."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure each shape on each number of ranks; returns 1 if a stage failed, else 0."""
+    parser = Parser(
+        prog="minivllm bench tensor-parallel",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--shapes", choices=SHAPES, nargs="+", default=["Qwen3-8B"])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--tokens", type=int, default=128, help="decoded in each measurement")
-    parser.add_argument("--requests", type=int, default=64, help="of the throughput run (64)")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2])
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 32])
+    parser.add_argument("--tokens", type=positive, default=128, help="decoded in each measurement")
+    parser.add_argument("--requests", type=positive, default=64, help="of the throughput run (64)")
+    parser.add_argument("--device", type=device_name, default="auto")
     parser.add_argument("--no-check", action="store_true", help="skip the plain float32 model")
     parser.add_argument("--faults", action="store_true", help="also kill and stop one of 2 ranks")
     parser.add_argument(
@@ -54,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--finish", action="store_true", help="measure nothing more: only put --resume's together"
     )
-    parser.add_argument("--output", help="write a JSON report here")
+    add_output_flag(parser)
     given = parser.parse_args(arguments)
     if given.finish and not given.resume:
         raise ValueError("--finish puts together what a report holds; name it with --resume")
@@ -133,8 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options = {"ranks": ranks, "device": given.device}
             take = partial(exact.__setitem__, str(ranks))
             stages.append(_stage("exact", f"float32 on {ranks}", options, ranks, take))
+    failed = 0
     if not given.finish:
-        run_stages(stages, beside=given.beside and on_gpu, limit=given.limit, save=save)
+        failed = run_stages(stages, beside=given.beside and on_gpu, limit=given.limit, save=save)
     for model in models.values():
         model["ranks"] = dict(sorted(model["ranks"].items(), key=lambda item: int(item[0])))
     for name in given.shapes:
@@ -157,11 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     models[name]["checks"] = facts or {}
 
                 checks.append(_stage("check", f"check of {name}", options, 1, take_check))
-        run_stages(checks, beside=given.beside and on_gpu, limit=given.limit, save=save)
+        failed += run_stages(checks, beside=given.beside and on_gpu, limit=given.limit, save=save)
     save()
     for model in models.values():
         print_model(model)
     print("float32, the same tokens as on the fewest ranks:", several["float32"]["equal"])
+    return 1 if failed else 0
 
 
 def _exchange_stage(ranks: int, into: dict[str, Any]) -> Stage:
@@ -193,4 +200,4 @@ def _config(name: str) -> ModelConfig:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

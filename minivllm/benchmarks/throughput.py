@@ -25,12 +25,15 @@ from minivllm.models.hub import model_folder
 
 
 def build(settings: dict[str, Any], shapes: str | None) -> tuple[LLM, float]:
-    """The engine, on random weights of ``shapes`` if no model is named; and seconds until ready.
+    """The engine, on random weights of ``shapes``, or of its model; and seconds until ready.
 
-    The seconds count from the start of the process where the system tells it (Linux).
+    The seconds count from the start of the process where the system tells it (Linux). Raises
+    ValueError if both are named.
     """
     settings = {"skip_tokenizer_init": True, "enable_prefix_caching": False, **settings}
-    if settings.get("model") is None and shapes is not None:
+    if settings.get("model") is not None and shapes is not None:
+        raise ValueError(f"shapes={shapes!r} and model={settings['model']!r}: give one of them")
+    if shapes is not None:
         settings |= {"model": shape_folder(shapes), "load_format": "dummy"}
     began = time.perf_counter()
     before = process_age()

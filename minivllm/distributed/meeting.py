@@ -29,17 +29,25 @@ class Place:
 
     @classmethod
     def here(cls, size: int) -> Place:
-        """From the environment; ValueError if torchrun's number of ranks is not ``size``."""
+        """From the environment; ValueError if what torchrun says there does not fit ``size``."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
         if any(name not in os.environ for name in names):
             return cls()
-        rank, local_rank, world, local_world = (int(os.environ[name]) for name in names[:4])
+        rank, local_rank, world, local_world, _ = map(_number, names)
         if world != size:
             raise ValueError(
                 f"tensor_parallel_size={size}, but torchrun has started {world} ranks "
                 "(WORLD_SIZE); make them equal"
             )
         return cls(rank, local_rank, started=True, local=local_world == world)
+
+
+def _number(name: str) -> int:
+    """A variable of torchrun's."""
+    value = os.environ[name]
+    if not value.isdecimal():
+        raise ValueError(f"{name}={value!r} in the environment must be a number; torchrun sets it")
+    return int(value)
 
 
 def agree(job: Job, store: dist.Store, rank: int, size: int) -> None:

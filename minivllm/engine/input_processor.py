@@ -6,11 +6,14 @@ refused before the first of them has begun.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from minivllm.engine.sampling_params import SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
+# What the files begin with that a tokenizer's vocabulary may be in.
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,15 @@ class InputProcessor:
                 raise ValueError(
                     f"prompt={prompt!r} is text, but skip_tokenizer_init=True; give token ids"
                 )
-            return prompt, list(self.tokenizer.encode(prompt))
+            try:
+                # Not verbose: what is too long is refused below, and not with a warning from there.
+                return prompt, list(self.tokenizer.encode(prompt, verbose=False))
+            except (TypeError, UnicodeEncodeError):
+                # A lone surrogate, which stands for a byte that is no UTF-8.
+                raise ValueError(
+                    f"prompt={prompt!r} is no text that UTF-8 can hold; decode its bytes with "
+                    "errors='replace'"
+                ) from None
         # Bytes are a sequence of integers too, but nobody means token ids by them.
         is_ids = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
         # By kind, not token by token: there may be very many tokens, and none can run meanwhile.
@@ -101,11 +112,17 @@ def load_tokenizer(folder: Any) -> Any:
     # transformers takes seconds to import, and an engine on token ids does not need it.
     from transformers import AutoTokenizer
 
+    remedy = "name another with tokenizer=..., or set skip_tokenizer_init=True and use token ids"
+    # Where there is none, the library makes one up, of a single token.
+    if not any(file.name.startswith(TOKENIZER_FILES) for file in Path(folder).iterdir()):
+        raise ValueError(
+            f"{folder} has no tokenizer: no tokenizer.json, and no vocabulary; {remedy}"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         # Whatever the library stumbled over: to the user it is a folder without a tokenizer.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"{folder} has no tokenizer that transformers can read ({type(error).__name__}); "
-            "name another with tokenizer=..., or set skip_tokenizer_init=True and use token ids"
+            f"{folder} has no tokenizer that transformers can read ({reason}); {remedy}"
         ) from None

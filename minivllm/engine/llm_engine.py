@@ -63,7 +63,9 @@ class LLMEngine:
         self.tokenizer = None
         if not self.config.skip_tokenizer_init:
             where = self.config.tokenizer
-            self.tokenizer = load_tokenizer(folder if where is None else model_folder(where))
+            self.tokenizer = load_tokenizer(
+                folder if where is None else model_folder(where, name="tokenizer")
+            )
         model = self.load(folder, dtype, device)
         self.runner: ModelRunner | None = self.make_runner(model, dtype, device)
         num_blocks = self.runner.cache.num_blocks
@@ -150,7 +152,7 @@ class LLMEngine:
         self._check_open()
         if request_id in self._requests:
             raise ValueError(f"request_id={request_id!r} is still being served; choose another")
-        params = sampling_params or SamplingParams()
+        params = SamplingParams() if sampling_params is None else sampling_params
         text, token_ids = self.check_request(prompt, params)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed & (2**63 - 1)
         seq = Sequence(
