@@ -80,6 +80,9 @@ class LLM:
     With ``tensor_parallel_size`` above 1 the model is shared out to as many ranks. This process is
     one, and starts the others; or torchrun has started all, and then only rank 0 gets past this
     constructor (see :mod:`minivllm.distributed.launcher`).
+
+    Who streams to many at a time may call ``gc.freeze()`` when this is built: otherwise Python goes
+    through all that has been imported now and then, in search of garbage, and a step waits for it.
     """
 
     def __init__(self, model: Any = None, **settings: Any) -> None:
