@@ -101,16 +101,19 @@ def test_block_names_chain():
     block = list(range(S))
     name = hash_block(0, block)
     assert name == hash_block(0, tuple(block)), "a name depends on the tokens alone"
-    assert 0 <= name < 2**64
-    others = [
-        hash_block(1, block),
-        hash_block(0, block[::-1]),
-        hash_block(0, [*block[:-1], 99]),
-        hash_block(0, [99, *block[1:]]),
-        hash_block(name, block),
-        hash_block(0, [token + 2**32 for token in block]),
-    ]
-    assert len({name, *others}) == 7
+    assert isinstance(name, int), f"a name is a number, not a {type(name).__name__}"
+    assert 0 <= name < 2**64, f"{name} is no xxHash64: those lie from 0 to 2**64 - 1"
+    others = {
+        "behind block 1": hash_block(1, block),
+        "behind the block itself": hash_block(name, block),
+        "its tokens in another order": hash_block(0, block[::-1]),
+        "another last token": hash_block(0, [*block[:-1], 99]),
+        "another first token": hash_block(0, [99, *block[1:]]),
+        "tokens above 2**32": hash_block(0, [token + 2**32 for token in block]),
+    }
+    same = [what for what, other in others.items() if other == name]
+    assert not same, f"the same name although different: {', '.join(same)}"
+    assert len({*others.values()}) == 6, f"two of these have one name: {', '.join(others)}"
 
 
 # ---------------------------------------------------------------------------- one thing at a time
@@ -137,11 +140,18 @@ def test_a_pool_needs_a_block():
 def test_admit_takes_just_enough_blocks():
     manager = BlockManager(4, S)
     seq = make_sequence([1] * (S + 1))
-    assert manager.admit(seq)
-    assert len(seq.block_table) == len(set(seq.block_table)) == 2
+    assert manager.admit(seq), "2 blocks of 4 free ones: admit says True"
+    assert len(seq.block_table) == len(set(seq.block_table)) == 2, (
+        f"17 tokens fill 2 blocks of 16; the table is {seq.block_table}"
+    )
     assert (manager.num_held, manager.num_free) == (2, 2)
-    assert seq.num_computed == 0 and seq.num_cached == 0
+    assert seq.num_computed == 0 and seq.num_cached == 0, "nothing was cached"
     manager.check([seq])
+    back = make_sequence([2] * S)
+    back.append(3)
+    assert manager.admit(back) and len(back.block_table) == 2, (
+        "a prompt of 16 tokens that comes back with one of its answer needs 2 blocks"
+    )
 
 
 def test_admit_refuses_without_a_trace():
@@ -149,18 +159,26 @@ def test_admit_refuses_without_a_trace():
     first = admitted(manager, blocks_of(1, 2))
     # It shares one block and needs two more, of which there is one.
     seq = make_sequence([*blocks_of(1, 3), 4])
-    assert not manager.admit(seq)
-    assert seq.block_table == [] and seq.prefix_chain == [] and seq.num_computed == 0
-    assert seq.num_cached is None
-    assert manager.num_free == 1 and manager.ref_count(first.block_table[0]) == 1
+    assert not manager.admit(seq), "it needs two new blocks, and one is free"
+    left = seq.block_table, seq.prefix_chain, seq.num_computed, seq.num_cached
+    assert left == ([], [], 0, None), (
+        f"refused, but its table, chain, num_computed and num_cached are {left}"
+    )
+    assert manager.num_free == 1 and manager.ref_count(first.block_table[0]) == 1, (
+        "refused, but it holds blocks"
+    )
     manager.check([first])
 
 
 def test_spare_blocks_stay_free():
     manager = BlockManager(4, S)
-    assert not manager.admit(make_sequence(blocks_of(1, 2, 3)), spare=2)
+    assert not manager.admit(make_sequence(blocks_of(1, 2, 3)), spare=2), (
+        "3 of 4 blocks leave 1, and 2 had to stay"
+    )
     assert manager.num_free == 4
-    assert manager.admit(make_sequence(blocks_of(1, 2, 3)), spare=1)
+    assert manager.admit(make_sequence(blocks_of(1, 2, 3)), spare=1), (
+        "3 of 4 blocks leave 1, and no more had to stay"
+    )
 
 
 def test_cached_blocks_that_nobody_holds_are_not_counted_twice():
@@ -169,7 +187,7 @@ def test_cached_blocks_that_nobody_holds_are_not_counted_twice():
     # All three blocks are free; two would be shared, which leaves one for the rest: 1 is needed.
     seq = make_sequence([*blocks_of(1, 2), 9])
     assert not manager.admit(seq, spare=1), "of 3 free blocks 2 are its own: 1 is left, not 3"
-    assert manager.admit(seq)
+    assert manager.admit(seq), "two blocks are shared, the third is free: it fits"
     assert seq.num_computed == 2 * S and manager.num_free == 0
     manager.check([seq])
 
@@ -177,12 +195,16 @@ def test_cached_blocks_that_nobody_holds_are_not_counted_twice():
 def test_grow():
     manager = BlockManager(2, S)
     seq = admitted(manager, [1] * S)
-    assert manager.grow(seq, S) and len(seq.block_table) == 1
-    assert manager.grow(seq, S + 1) and len(seq.block_table) == 2
-    assert manager.grow(seq, 2 * S) and len(seq.block_table) == 2
-    assert not manager.grow(seq, 2 * S + 1)
+    for tokens, blocks in ((S, 1), (S + 1, 2), (2 * S, 2)):
+        assert manager.grow(seq, tokens), f"there is room for {tokens} tokens"
+        number = len(seq.block_table)
+        assert number == blocks, f"room for {tokens} tokens: {number} blocks, should be {blocks}"
+    assert not manager.grow(seq, 2 * S + 1), "33 tokens need a third block, and there are two"
     assert len(seq.block_table) == 2 and manager.num_held == 2
     manager.check([seq])
+    wide = BlockManager(4, S)
+    seq = admitted(wide, [1] * S)
+    assert wide.grow(seq, 3 * S + 1) and len(seq.block_table) == 4, "49 tokens fill 4 blocks"
 
 
 def test_the_same_prefix_is_stored_once():
@@ -217,8 +239,10 @@ def test_a_prompt_that_is_cached_whole_computes_its_last_block(num_blocks):
     manager.release(admitted(manager, prompt))
     seq = make_sequence(prompt)
     assert manager.admit(seq)
+    assert seq.num_pending == S, (
+        f"all {len(prompt)} tokens are cached: {seq.num_pending} run, should be the last {S}"
+    )
     assert seq.num_computed == (num_blocks - 1) * S
-    assert seq.num_pending == S
     # One token more, and the last full block may be shared as well.
     longer = make_sequence([*prompt, 5])
     assert manager.admit(longer)
@@ -300,7 +324,7 @@ def test_a_reused_block_loses_its_old_name():
     manager.release(other)
     seq = make_sequence([*blocks_of(1), 2])
     assert manager.admit(seq)
-    assert seq.num_computed == 0
+    assert seq.num_computed == 0, "found by its old name a block that others have written over"
     manager.check([seq])
 
 
@@ -372,7 +396,8 @@ def test_a_prefix_outlives_what_builds_on_it():
     manager.release(admitted(manager, blocks_of(1, 2, 3)))
     for left in (2, 1, 0):
         assert manager.admit(make_sequence([9]))
-        assert num_found(manager, blocks_of(1, 2, 3)) == left
+        found = num_found(manager, blocks_of(1, 2, 3))
+        assert found == left, f"{3 - left} of 3 blocks evicted, from the end: found {found}"
 
 
 def test_blank_blocks_go_before_cached_ones():

@@ -102,7 +102,9 @@ def test_what_a_manager_records():
     manager.release(second)
     manager.forget_all()
     events = [(event.kind, event.blocks, event.numbers) for event in log.events]
-    assert all(blocks for _, blocks, _ in events), "who takes no block, or shares none, notes none"
+    assert all(blocks for _, blocks, _ in events), (
+        "an event without blocks: _extend was called for 0 blocks, or less; grow must not do that"
+    )
     assert events == [
         ("taken", (0, 1), ()),
         ("cached", (0,), (1, 0)),

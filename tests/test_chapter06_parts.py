@@ -39,6 +39,10 @@ def test_find_prefix_leaves_the_last_token_to_run():
         number = len(found(manager, blocks_of(1, 2, 3)[:length]))
         assert number == blocks, f"{length} cached tokens: {number} blocks, should be {blocks}"
     assert len(found(manager, [*blocks_of(1, 2, 3), 4])) == 3
+    back = make_sequence(blocks_of(1))
+    back.token_ids += [*blocks_of(2), 3]
+    number = len(manager._find_prefix(back))
+    assert number == 2, f"a prompt of 16 tokens and an answer of 17: {number} blocks, should be 2"
 
 
 def test_find_prefix_compares_the_tokens():
@@ -84,8 +88,11 @@ def test_take_new_gives_blank_blocks_first():
     holding(manager, blocks_of(1), [2])
     free(manager, [2])
     taken = [manager._take_new() for _ in range(3)]
-    assert taken == [0, 1, 3], f"gave {taken} while block 2 was cached"
-    assert [manager.ref_count(block) for block in taken] == [1, 1, 1]
+    assert taken == [0, 1, 3], (
+        f"gave {taken}, should be [0, 1, 3]: block 2 is cached, and self._blank is a queue"
+    )
+    counts = [manager.ref_count(block) for block in taken]
+    assert counts == [1, 1, 1], f"holders of the three: {counts}, should be [1, 1, 1]"
     assert list(manager._evictable) == [2], "block 2 had to stay findable"
     assert manager.num_free == 1
 

@@ -71,9 +71,12 @@ def test_advance_counts_and_reserves():
         [item(chunk, 32, samples=False), item(last, 4, samples=True), item(decode, 1, samples=True)]
     )
     scheduler.advance(step)
-    assert [seq.num_computed for seq in (chunk, last, decode)] == [32, 20, 12]
+    computed = [seq.num_computed for seq in (chunk, last, decode)]
+    assert computed == [32, 20, 12], f"computed {computed}, should be 0 + 32, 16 + 4, 11 + 1"
     lengths = [len(seq) for seq in (chunk, last, decode)]
-    assert lengths == [50, 21, 13], f"lengths {lengths}; only who samples gets a place for a token"
+    assert lengths == [50, 21, 13], (
+        f"lengths {lengths}, were [50, 20, 12]; who samples, and only who does, gets a place"
+    )
     assert last.token_ids[-1] == decode.token_ids[-1] == UNKNOWN
 
 
@@ -81,8 +84,10 @@ def test_resolve_puts_the_token_in_its_place():
     scheduler = scheduler_of(8)
     seq = running(scheduler, "ann", 10, 10)
     seq.reserve()
-    assert scheduler.resolve(seq, 7) is True
-    assert seq.output_token_ids == [7] and seq.num_unknown == 0
+    assert scheduler.resolve(seq, 7) is True, "the token is ann's: resolve says True"
+    tokens = seq.token_ids[10:]
+    assert tokens == [7], f"{tokens} behind the prompt; token 7 goes into the place that waits"
+    assert seq.num_unknown == 0
     assert scheduler.running == [seq] and seq.block_table, "ann has not finished"
 
 
@@ -91,8 +96,9 @@ def test_resolve_gives_back_the_blocks_of_who_finished():
     ann, bob = running(scheduler, "ann", 10, 10), running(scheduler, "bob", 10, 10)
     ann.max_tokens = 1
     ann.reserve()
-    assert scheduler.resolve(ann, 7) is True
-    assert ann.finished and scheduler.running == [bob]
+    assert scheduler.resolve(ann, 7) is True, "the token is ann's, even if it is her last"
+    still = names(scheduler.running)
+    assert ann.finished and still == ["bob"], f"running: {still}; ann has finished"
     assert not ann.block_table, "ann has finished, but holds blocks"
     scheduler.block_manager.check([bob])
 
@@ -139,7 +145,7 @@ def test_decodes_wait_for_nobody_who_is_exhausted():
     ann.reserve()
     step = Step()
     scheduler._schedule_decodes(step)
-    assert ran(step) == [("bob", 1)]
+    assert ran(step) == [("bob", 1)], f"ran {ran(step)}; ann is exhausted"
 
 
 def test_a_decode_asks_for_a_block_only_when_it_needs_one():
@@ -166,7 +172,9 @@ def test_the_newest_makes_room_for_a_decode():
     scheduler, (ann, bob, cem) = full_pool()
     step = Step()
     scheduler._schedule_decodes(step)
-    assert names(step.preempted) == ["cem"], f"preempted {names(step.preempted)}"
+    assert names(step.preempted) == ["cem"], (
+        f"preempted {names(step.preempted)}; cem is the newest, and his block is enough"
+    )
     assert ran(step) == [("ann", 1), ("bob", 1)]
     assert list(scheduler.waiting) == [cem] and scheduler.running == [ann, bob]
     scheduler.block_manager.check([ann, bob])
@@ -177,7 +185,9 @@ def test_who_needs_a_block_and_is_the_newest_goes():
     scheduler.running = [bob, cem, ann]
     step = Step()
     scheduler._schedule_decodes(step)
-    assert names(step.preempted) == ["ann"]
+    assert names(step.preempted) == ["ann"], (
+        f"preempted {names(step.preempted)}; ann, the newest, needs a block: only she goes"
+    )
     assert ran(step) == [("bob", 1), ("cem", 1)]
 
 
@@ -217,8 +227,11 @@ def test_prompts_are_admitted_in_order_until_the_step_is_full():
     assert ran(step) == [("ann", 10), ("bob", 22)], "32 tokens, and no more"
     samples = [found.samples for found in step.scheduled]
     assert samples == [True, False], "only the chunk that reaches the end of its prompt samples"
-    assert names(scheduler.running) == ["ann", "bob"] and names(scheduler.waiting) == ["cem"]
-    assert all(seq.status is Status.RUNNING for seq in scheduler.running)
+    queues = names(scheduler.running), names(scheduler.waiting)
+    assert queues == (["ann", "bob"], ["cem"]), f"running and waiting: {queues}"
+    assert all(seq.status is Status.RUNNING for seq in scheduler.running), (
+        "who is let in has the status RUNNING"
+    )
 
 
 def test_a_prompt_under_way_goes_on_first():
@@ -227,7 +240,9 @@ def test_a_prompt_under_way_goes_on_first():
     waiting(scheduler, "cem", 30)
     step = Step()
     scheduler._schedule_prefills(step)
-    assert ran(step) == [("bob", 28), ("cem", 4)]
+    assert ran(step) == [("bob", 28), ("cem", 4)], (
+        f"ran {ran(step)}; 28 of bob's tokens are pending, and cem has the rest of 32"
+    )
 
 
 def test_prompts_fill_what_the_decodes_leave():
@@ -237,7 +252,9 @@ def test_prompts_fill_what_the_decodes_leave():
     step = Step()
     scheduler._schedule(ann, 1, step)
     scheduler._schedule_prefills(step)
-    assert ran(step) == [("ann", 1), ("bob", 31)]
+    assert ran(step) == [("ann", 1), ("bob", 31)], (
+        f"ran {ran(step)}; ann's token counts towards the 32 of the step"
+    )
 
 
 def test_prompts_of_a_full_step_wait():
@@ -247,7 +264,8 @@ def test_prompts_of_a_full_step_wait():
     waiting(scheduler, "cem", 3)
     step = Step()
     scheduler._schedule_prefills(step)
-    assert ran(step) == [("ann", 32)] and names(scheduler.waiting) == ["cem"]
+    assert ran(step) == [("ann", 32)], f"ran {ran(step)}; ann's chunk fills the step"
+    assert names(scheduler.waiting) == ["cem"]
 
 
 def test_nobody_overtakes_who_does_not_fit():
@@ -267,7 +285,8 @@ def test_admission_stops_at_max_num_seqs():
         waiting(scheduler, name, 3)
     step = Step()
     scheduler._schedule_prefills(step)
-    assert names(scheduler.running) == ["ann", "bob"] and names(scheduler.waiting) == ["cem"]
+    assert names(scheduler.running) == ["ann", "bob"], "max_num_seqs is 2"
+    assert names(scheduler.waiting) == ["cem"]
 
 
 def test_nobody_is_admitted_in_a_step_that_preempts():
@@ -305,10 +324,17 @@ def test_lay_out_of_the_toy():
     """Step 10 of the toy with the mixed policy: ann decodes, dan's prompt begins."""
     ann, dan = placed(27, 28, [0, 2]), placed(0, 60, [1, 3, 4, 5])
     batch = lay_out([item(ann, 1, samples=True), item(dan, 31, samples=False)], S)
-    assert batch.input_ids == [127, *range(100, 131)]
-    assert batch.positions == [27, *range(31)]
-    assert batch.slots == [2 * 16 + 11, *range(16, 32), *range(48, 63)]
-    assert (batch.query_lens, batch.context_lens) == ([1, 31], [28, 31])
+    assert batch.input_ids == [127, *range(100, 131)], (
+        f"input_ids are {batch.input_ids}; should be ann's 28th token and dan's first 31"
+    )
+    assert batch.positions == [27, *range(31)], f"positions are {batch.positions}"
+    assert batch.slots == [2 * 16 + 11, *range(16, 32), *range(48, 63)], (
+        f"slots are {batch.slots}; ann's is block 2, offset 11, dan's are in blocks 1 and 3"
+    )
+    lengths = batch.query_lens, batch.context_lens
+    assert lengths == ([1, 31], [28, 31]), (
+        f"query_lens and context_lens are {lengths}: what runs, and up to where that reaches"
+    )
     assert batch.tables == [[0, 2], [1, 3, 4, 5]]
 
 
@@ -358,8 +384,14 @@ class FakeScheduler:
 class HandOut(LLMEngine):
     """An engine of nothing but requests; it notes what is done with each."""
 
-    def __init__(self, requests: dict[str, bool], late: tuple[str, ...] = ()) -> None:
-        """requests: name -> whether it is streamed."""
+    def __init__(
+        self,
+        requests: dict[str, bool],
+        late: tuple[str, ...] = (),
+        stopped: tuple[str, ...] = (),
+    ) -> None:
+        """requests: name -> whether it is streamed; stopped: whose text has a stop string."""
+        self.stopped = stopped
         self.scheduler = FakeScheduler(late)
         self.followed: list[tuple[str, float]] = []
         self.forgotten: list[str] = []
@@ -371,6 +403,8 @@ class HandOut(LLMEngine):
 
     def _follow_up(self, request: Request, now: float) -> None:
         self.followed.append((request.seq.request_id, now))
+        if request.seq.request_id in self.stopped:
+            request.seq.finish("stop")
 
     def _output(self, request: Request) -> object:
         return SimpleNamespace(name=request.seq.request_id, tokens=request.seq.output_token_ids)
@@ -379,7 +413,7 @@ class HandOut(LLMEngine):
         self.forgotten.append(request.seq.request_id)
 
     def step_of(self, *sampling: str, others: tuple[str, ...] = ()) -> Step:
-        chosen = [(name, True) for name in sampling] + [(name, False) for name in others]
+        chosen = [(name, False) for name in others] + [(name, True) for name in sampling]
         return Step([item(self._requests[name].seq, 1, samples=yes) for name, yes in chosen])
 
 
@@ -387,7 +421,8 @@ def test_tokens_go_to_who_sampled_them():
     engine = HandOut({"ann": True, "bob": True, "cem": True})
     step = engine.step_of("ann", "cem", others=("bob",))
     outputs = engine._take_tokens(step, StepResult([7, 9], [None, None]), 3.5)
-    assert [(out.name, out.tokens) for out in outputs] == [("ann", [7]), ("cem", [9])]
+    reported = [(out.name, out.tokens) for out in outputs]
+    assert reported == [("ann", [7]), ("cem", [9])], f"reported {reported}; ann got 7 and cem 9"
     assert engine.followed == [("ann", 3.5), ("cem", 3.5)], "text and times of who got a token"
     assert not engine.forgotten
 
@@ -400,13 +435,19 @@ def test_only_streamed_and_finished_requests_are_reported():
     second = engine._take_tokens(step, StepResult([3, 4], [None, None]), 0.0)
     assert [(out.name, out.tokens) for out in second] == [("ann", [1, 3]), ("bob", [2, 4])]
     assert engine.forgotten == ["ann", "bob"], "both have finished"
+    engine = HandOut({"cem": False}, stopped=("cem",))
+    ended = engine._take_tokens(engine.step_of("cem"), StepResult([5], [None]), 0.0)
+    assert [out.name for out in ended] == engine.forgotten == ["cem"], (
+        "_follow_up has found a stop string in cem's text: he has finished in this step"
+    )
 
 
 def test_a_token_that_is_nobodys_is_dropped():
     engine = HandOut({"ann": True, "bob": True}, late=("ann",))
     step = engine.step_of("ann", "bob")
     outputs = engine._take_tokens(step, StepResult([7, 9], [None, None]), 0.0)
-    assert [(out.name, out.tokens) for out in outputs] == [("bob", [9])]
+    reported = [(out.name, out.tokens) for out in outputs]
+    assert reported == [("bob", [9])], f"reported {reported}; resolve said that ann's is nobody's"
     assert [name for name, _ in engine.followed] == ["bob"]
 
 

@@ -98,7 +98,9 @@ def test_the_log_tells_what_the_steps_did(policy: str):
     for request in toy.REQUESTS:
         (arrived,) = log.of("arrived", request_id=request.name)
         assert (arrived.step, arrived["tokens"]) == (request.arrives, len(request.prompt))
-        (finished,) = log.of("finished", request_id=request.name)
+        ends = log.of("finished", request_id=request.name)
+        assert len(ends) == 1, f"7.1 notes once who has finished; {request.name}: {len(ends)} times"
+        (finished,) = ends
         assert finished["tokens"] == request.new
         admitted = log.of("admitted", request_id=request.name)
         times = 1 + len(log.of("preempted", request_id=request.name))
