@@ -1,7 +1,9 @@
 """The command line: ``minivllm`` alone runs the demo."""
 
 import argparse
+import errno
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +14,18 @@ from minivllm.cli_flags import (
     add_generation_flags,
     engine_settings,
     positive,
+)
+
+# What a user can do something about: a file that is not there, or cannot be written.
+FILE_ERRORS = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
 )
 
 
@@ -26,23 +40,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "demo")
     try:
+        code = 0
         if arguments[0] == "bench" and arguments[1:2] and arguments[1] in OWN_FLAGS:
-            return run_with_own_flags(arguments[1:])
-        options = parser.parse_args(arguments)
-        options.run(options)
+            code = run_with_own_flags(arguments[1:])
+        else:
+            options = parser.parse_args(arguments)
+            options.run(options)
         # Here, and not when Python ends, so that a pipe that nobody reads is noticed below.
         sys.stdout.flush()
-    except BrokenPipeError:
-        # As of "minivllm | head". Python flushes once more at its end, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, OSError) as error:
+        return code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            # As of "minivllm | head". Python flushes once more at its end, which must not fail.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        if error.errno not in FILE_ERRORS:
+            raise
+        print(f"minivllm: error: {error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"minivllm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("minivllm: interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose other end has been closed."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLERR)
+    except (AttributeError, OSError):
+        return False  # a system without poll, or an output that is no file
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,7 +1,11 @@
 """``bench tensor-parallel`` without its engines: stages, what is taken over, and notes."""
 
 import json
+import os
+import signal
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,31 @@ def test_an_interrupt_ends_the_stages_that_run(module: str, tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         run_stages(stages, beside=True, limit=50.0, save=interrupted)
     assert stages[1].process is not None and stages[1].process.poll() is not None
+
+
+def test_sigterm_ends_the_stages_that_run(module: str, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    output = tmp_path / "out.json"
+    stage = Stage("long", [module, "{}", str(output), "60"], 0, lambda facts: None, output)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit) as ended:
+        run_stages([stage], beside=False, limit=50.0, save=lambda: None)
+    assert ended.value.code == 143
+    assert stage.process is not None and stage.process.poll() is not None
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_stage_that_failed_is_counted(module: str, tmp_path: Path) -> None:
+    """In a thread, too, which cannot be told of signals; and its half of a file is not read."""
+    output = tmp_path / "out.json"
+    output.write_text('{"half')
+    stage = Stage("bad", [module], 0, lambda facts: None, output)
+    failed = []
+    call = partial(run_stages, [stage], beside=False, limit=50.0, save=lambda: None)
+    thread = threading.Thread(target=lambda: failed.append(call()))
+    thread.start()
+    thread.join()
+    assert failed == [1]
 
 
 def facts(**ms: float) -> dict[str, Any]:

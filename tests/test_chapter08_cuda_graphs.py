@@ -460,7 +460,7 @@ def prompt_graphs(work=None, recorder=None, **most: int) -> PromptGraphs:
         recorder or NoRecorder(),
         **({"max_tokens": 10_000, "max_seqs": 1000} | most),
         max_blocks=2,
-        query_size=2048,
+        context_of_decodes=131_072,
         vocab_size=5,
         dtype=torch.float32,
         device=CPU,
@@ -475,7 +475,7 @@ def test_which_steps_have_a_graph_of_prompts():
     graphs = prompt_graphs()
     assert fits(graphs, TOKENS[-1], SEQUENCES)
     assert not fits(graphs, TOKENS[-1] + 1, 1) and not fits(graphs, 20, SEQUENCES + 1)
-    many = WORK_OF_DECODES // 2048 // 32
+    many = 131_072 // 32
     assert fits(graphs, 40, 32, many) and not fits(graphs, 40, 32, many + 1), "too long to decode"
     assert graphs.fits(HostBatch([0] * 40, [], [], [40], [10 * WORK_OF_DECODES], []))
     small = prompt_graphs(max_tokens=100, max_seqs=3)
@@ -673,7 +673,7 @@ def give_prompts_graphs(runner: GraphRunner, max_tokens: int) -> list[int]:
         max_tokens=max_tokens,
         max_seqs=6,
         max_blocks=runner.rows.block_tables.shape[1],
-        query_size=64,
+        context_of_decodes=WORK_OF_DECODES // 64,
         vocab_size=runner.logits.shape[1],
         dtype=runner.logits.dtype,
         device=CPU,

@@ -206,8 +206,8 @@ def test_finish_step(dtype: torch.dtype, pdl: bool) -> None:
     for place, row in enumerate(active.tolist()):
         if row >= 0:
             number = int(before.num_outputs[row])
-            assert found[rows.place_of(row, number)] == 1000 + place
-            assert found[rows.place_of(row, number + 1)] == 0
+            this, other = rows.places_of([row, row], [number, number + 1])
+            assert (found[this], found[other]) == (1000 + place, 0)
 
 
 def posted(rows: DeviceRows) -> torch.Tensor:

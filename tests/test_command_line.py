@@ -50,16 +50,36 @@ def test_a_disk_that_is_full_is_told_in_one_line(monkeypatch, capsys):
     assert error == "minivllm: error: [Errno 28] No space left on device: 'report.json'\n"
 
 
-def test_a_reader_that_has_gone_is_no_error():
+@pytest.mark.parametrize("words", [[], ["bench", "check"]])
+def test_a_reader_that_has_gone_is_no_error(words):
     """As of "minivllm | head", whose pipe is closed while there is more to print."""
     reader, writer = os.pipe()
     os.close(reader)
     code = "import sys; from minivllm import cli\n"
-    code += "cli._demo = lambda options: print('text')\nsys.exit(cli.main([]))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    code += "cli._demo = cli.run_with_own_flags = lambda options: print('text') or 0\n"
+    code += f"sys.exit(cli.main({words}))"
+    # Text waits in a buffer until the end, unless that is set.
+    environment = {key: text for key, text in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), TimeoutError()])
+def test_an_error_that_is_no_file_s_is_not_hidden(monkeypatch, error):
+    def run(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_demo", run)
+    with pytest.raises(type(error)):
+        main([])
 
 
 def test_a_question_that_is_no_text(folder, capsys):

@@ -745,9 +745,14 @@ def test_context_manager(folder):
     assert llm.engine.runner is None
 
 
-def test_shutdown_frees_what_gc_freeze_has_frozen(folder):
-    """A runner with graphs refers to itself, so only a collection frees it and its GPU memory."""
+@pytest.mark.parametrize("knot", [False, True])
+def test_shutdown_frees_the_runner(folder, monkeypatch, knot):
+    """Without a search for garbage, unless somebody has tied it into a knot; frozen or not."""
     engine = OverlappingEngine(model=folder, num_kv_blocks=4)
+    if knot:
+        engine.runner.itself = engine.runner
+    else:
+        monkeypatch.setattr(gc, "collect", pytest.fail)
     runner = weakref.ref(engine.runner)
     gc.freeze()
     engine.shutdown()

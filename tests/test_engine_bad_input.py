@@ -485,6 +485,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     bare = make_checkpoint(tmp_path / "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
+    (bare / "tokenizer_config.json").write_text("{}")
     refuses(r"has no tokenizer: .*tokenizer=\.\.\., or set skip_tokenizer_init", LLM, bare)
     LLM(bare, skip_tokenizer_init=True, num_kv_blocks=2).shutdown()
 

@@ -23,7 +23,7 @@ from minivllm.engine.config import EngineConfig
 from minivllm.engine.cuda_graphs import NoRecorder
 from minivllm.engine.folded_forward import FoldedForward
 from minivllm.engine.graph_runner import GraphRunner
-from minivllm.engine.prompt_graphs import PromptGraphs
+from minivllm.engine.prompt_graphs import WORK_OF_DECODES, PromptGraphs
 from minivllm.engine.step_forms import StepForms, decode_batch
 
 PROMPTS = [[5, 6, 7], list(range(20, 41)), [9] * 17, [3]]
@@ -70,7 +70,7 @@ class InterpretedRunner(GraphRunner):
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
             max_blocks=self.rows.block_tables.shape[1],
-            query_size=64,
+            context_of_decodes=WORK_OF_DECODES // 64,
             vocab_size=self.vocab_size,
             dtype=dtype,
             device=self.device,

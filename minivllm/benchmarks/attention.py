@@ -227,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder for JSON and plot")
     parser.add_argument("--small", action="store_true", help="check: few small cases")
     options = parser.parse_args(argv)
+    options.device = here if options.device == "auto" else options.device
     kv_heads = options.kv_heads
     device_type = torch.device(options.device).type
     if options.heads is not None:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -44,8 +45,11 @@ def run_stages(stages: list[Stage], *, beside: bool, limit: float, save: Callabl
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     free = visible.split(",") if visible else [str(number) for number in range(count)]
     waiting, running, failed = list(stages), [], 0
-    # They have sessions of their own, and would run on.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Stages have sessions of their own, and would run on. Only a main thread is told of signals.
+    told = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    if told:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while waiting or running:
             for stage in list(waiting):
@@ -53,8 +57,8 @@ def run_stages(stages: list[Stage], *, beside: bool, limit: float, save: Callabl
                 if fits and (beside or not running):
                     waiting.remove(stage)
                     stage.held = [free.pop(0) for _ in range(min(stage.gpus, len(free)))]
-                    _begin(stage)
                     running.append(stage)
+                    _begin(stage)
             if not running and waiting:
                 # More GPUs than there are: the stage itself says so.
                 running.append(waiting.pop(0))
@@ -70,7 +74,8 @@ def run_stages(stages: list[Stage], *, beside: bool, limit: float, save: Callabl
                 running.remove(stage)
                 free += stage.held
                 found = None
-                if stage.output.exists():
+                # One that was killed may have written half of it.
+                with suppress(OSError, json.JSONDecodeError):
                     found = json.loads(stage.output.read_text(encoding="utf-8"))
                 stage.take(found)
                 save()
@@ -78,15 +83,17 @@ def run_stages(stages: list[Stage], *, beside: bool, limit: float, save: Callabl
                 how = "done" if code == 0 else f"FAILED (exit code {code})"
                 print(f"{stage.name}: {how} after {took:.0f} s", flush=True)
     finally:
-        signal.signal(signal.SIGTERM, before)
         for stage in running:
             _end(stage)
+        if told and before is not None:
+            signal.signal(signal.SIGTERM, before)
     return failed
 
 
-def _end(stage: Stage) -> int:
+def _end(stage: Stage) -> int | None:
     """Kill it, with the processes that it started itself; returns its exit code."""
-    assert stage.process is not None
+    if stage.process is None:
+        return None
     with suppress(ProcessLookupError):
         os.killpg(stage.process.pid, signal.SIGKILL)
     return stage.process.wait()

@@ -76,6 +76,10 @@ def ladder_sizes(most: int) -> list[int]:
     return [*sizes, most]
 
 
+def _nothing(size: int) -> None:
+    """The work of a ladder that has been cleared."""
+
+
 class GraphLadder:
     """One recording of ``work(size)`` for each size.
 
@@ -117,3 +121,5 @@ class GraphLadder:
     def clear(self) -> None:
         """Free the graphs. What they share with a process group must outlive them."""
         self._replays.clear()
+        # Usually a method of whoever owns this ladder: with it, both would wait for a collection.
+        self._work = _nothing

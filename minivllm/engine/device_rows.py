@@ -71,9 +71,10 @@ class DeviceRows:
             posted=torch.zeros(2, rows, dtype=torch.int64, pin_memory=flat.is_cuda),
         )
 
-    def place_of(self, row: int, number: int) -> int:
-        """Where in ``posted``, flattened, the host finds token ``number`` of a row."""
-        return number % 2 * self.posted.shape[1] + row
+    def places_of(self, rows: list[int], numbers: list[int]) -> list[int]:
+        """Where in ``posted``, flattened, the host finds token ``numbers[i]`` of ``rows[i]``."""
+        count = self.posted.shape[1]
+        return [number % 2 * count + row for row, number in zip(rows, numbers, strict=True)]
 
 
 @dataclass(frozen=True)

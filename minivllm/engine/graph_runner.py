@@ -38,7 +38,7 @@ from minivllm.engine.config import EngineConfig
 from minivllm.engine.cuda_graphs import CudaGraphRecorder, GraphLadder, NoRecorder, ladder_sizes
 from minivllm.engine.device_rows import DeviceRows, RowUpdates, StepInputs
 from minivllm.engine.model_runner import ModelRunner, StepResult
-from minivllm.engine.prompt_graphs import PromptGraphs
+from minivllm.engine.prompt_graphs import WORK_OF_DECODES, PromptGraphs
 from minivllm.engine.row_table import RowTable
 from minivllm.engine.scheduler import Step
 from minivllm.engine.sequence import Sequence as Request
@@ -83,8 +83,10 @@ class PendingTokens:
         logprobs: list[TokenLogprobs | None] = [None] * len(self._sequences)
         if self._logprobs:
             logprobs = cut_logprobs(self._sequences, *self._logprobs)
-        tokens = self._tokens if self._places is None else self._tokens[self._places]
-        return StepResult(tokens.tolist(), logprobs)
+        tokens = self._tokens.tolist()
+        if self._places is not None:
+            tokens = [tokens[place] for place in self._places]
+        return StepResult(tokens, logprobs)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class GraphRunner(ModelRunner):
                 max_tokens=most_tokens,
                 max_seqs=most_seqs,
                 max_blocks=max_blocks,
-                query_size=self.model_config.num_heads * self.model_config.head_size,
+                context_of_decodes=self._most_context_of_decodes(dtype),
                 vocab_size=self.model_config.vocab_size,
                 dtype=dtype,
                 device=self.device,
@@ -155,6 +157,14 @@ class GraphRunner(ModelRunner):
         # Other kernels have a program for every block of every sequence that there might be: with
         # more room, those that find nothing to do would take longer than the launches that we save.
         return min(config.max_num_batched_tokens, 512), min(config.max_num_seqs, 8)
+
+    def _most_context_of_decodes(self, dtype: torch.dtype) -> int:
+        """With how much context, in all, sequences may decode in a graph of prompts."""
+        config = self.model_config
+        work = WORK_OF_DECODES
+        if not runs_on_hopper(self.device, dtype, config.head_size):
+            work //= 4  # a slower chip, with slower kernels, and the same Python
+        return work // (config.num_heads * config.head_size)
 
     def _compile_ahead(self, dtype: torch.dtype) -> None:
         """Compile what the steps to come will launch, before a request has to wait for it."""
@@ -235,12 +245,11 @@ class GraphRunner(ModelRunner):
         """What :meth:`execute` gave, before the scheduler counts the step's tokens."""
         if message.batch is not None:
             return PendingTokens(step.sampling, tokens, logprobs, device=self.device)
+        sampling = step.sampling
+        numbers = [seq.num_output_tokens for seq in sampling]
+        places = self.rows.places_of(message.places, numbers)
         posted = self.rows.posted
-        places = [
-            self.rows.place_of(row, seq.num_output_tokens)
-            for seq, row in zip(step.sampling, message.places, strict=True)
-        ]
-        return PendingTokens(step.sampling, posted, logprobs, device=self.device, places=places)
+        return PendingTokens(sampling, posted, logprobs, device=self.device, places=places)
 
     def prepare(self, step: Step) -> StepMessage:
         """What the device must be told for ``step``; the host's half of it."""
@@ -293,6 +302,7 @@ class GraphRunner(ModelRunner):
         self.ladder.clear()
         if self.prompts is not None:
             self.prompts.ladder.clear()
+            self.prompts = None
 
     def _decode_rows(self, message: StepMessage) -> tuple[torch.Tensor, torch.Tensor]:
         """One token for each row in ``places``: logits [n, V] and tokens [n]."""
@@ -381,6 +391,7 @@ class GraphRunner(ModelRunner):
         """Let the places of a decode step be these rows."""
         if places == self._active:
             return
+        self._active = []  # whatever may interrupt us
         padding = [-1] * (len(self.active) - len(places))
         self.active.copy_(to_device(places + padding, torch.int32, self.device))
         self._active = places

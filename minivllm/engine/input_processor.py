@@ -73,14 +73,15 @@ class InputProcessor:
                     f"prompt={prompt!r} is text, but skip_tokenizer_init=True; give token ids"
                 )
             try:
-                # Not verbose: what is too long is refused below, and not with a warning from there.
-                return prompt, list(self.tokenizer.encode(prompt, verbose=False))
-            except (TypeError, UnicodeEncodeError):
+                prompt.encode()
+            except UnicodeEncodeError:
                 # A lone surrogate, which stands for a byte that is no UTF-8.
                 raise ValueError(
                     f"prompt={prompt!r} is no text that UTF-8 can hold; decode its bytes with "
                     "errors='replace'"
                 ) from None
+            # Not verbose: what is too long is refused below, and not with a warning from there.
+            return prompt, list(self.tokenizer.encode(prompt, verbose=False))
         # Bytes are a sequence of integers too, but nobody means token ids by them.
         is_ids = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
         # By kind, not token by token: there may be very many tokens, and none can run meanwhile.
@@ -114,7 +115,8 @@ def load_tokenizer(folder: Any) -> Any:
 
     remedy = "name another with tokenizer=..., or set skip_tokenizer_init=True and use token ids"
     # Where there is none, the library makes one up, of a single token.
-    if not any(file.name.startswith(TOKENIZER_FILES) for file in Path(folder).iterdir()):
+    names = [file.name for file in Path(folder).iterdir()]
+    if not any(name.startswith(TOKENIZER_FILES) and "config" not in name for name in names):
         raise ValueError(
             f"{folder} has no tokenizer: no tokenizer.json, and no vocabulary; {remedy}"
         )

@@ -3,6 +3,7 @@
 import gc
 import random
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -278,7 +279,10 @@ class LLMEngine:
         return self._stats
 
     def shutdown(self) -> None:
-        """Abort what is left and free the model and the KV cache. May be called twice."""
+        """Abort what is left and free the model and the KV cache. May be called twice.
+
+        If they are not free then, a garbage collection is run, of what gc.freeze() hides, too.
+        """
         if self.runner is None:
             return
         for request_id in list(self._requests):
@@ -286,10 +290,12 @@ class LLMEngine:
         device = self.runner.device
         self._in_flight = None
         self.runner.close()
+        runner = weakref.ref(self.runner)
         self.runner = None
-        # Whoever has called gc.freeze() has frozen parts of us that refer to one another.
-        gc.unfreeze()
-        gc.collect()
+        if runner() is not None:
+            # Parts of it refer to one another; and gc.freeze() may have hidden that.
+            gc.unfreeze()
+            gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -55,7 +55,8 @@ class RequestMetrics:
 class RequestOutput:
     """A request and what came of it.
 
-    num_cached_tokens: how many prompt tokens were found in the prefix cache.
+    num_cached_tokens: how many prompt tokens were found in the prefix cache. prompt_token_ids: one
+    list for all outputs of a request.
     """
 
     request_id: str

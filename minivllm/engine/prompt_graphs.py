@@ -43,7 +43,7 @@ class PromptGraphs:
     """Steps of up to 4,096 tokens of up to 256 sequences, on memory that stays.
 
     max_tokens, max_seqs: the most that a step can have; less than the above asks for less memory.
-    query_size: numbers of a token's queries, heads times head size.
+    context_of_decodes: the most tokens in the contexts of all sequences that decode beside prompts.
     max_blocks: width of the block tables. logits: [sequences, V], filled by ``work``. A recorded
     step of n tokens has places for n sequences, since more it cannot have.
     """
@@ -56,13 +56,13 @@ class PromptGraphs:
         max_tokens: int,
         max_seqs: int,
         max_blocks: int,
-        query_size: int,
+        context_of_decodes: int,
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.sequences = min(max_seqs, SEQUENCES)
-        self.context_of_decodes = WORK_OF_DECODES // query_size
+        self.context_of_decodes = context_of_decodes
         # The first that holds the largest step is the last that is needed.
         sizes = [
             size for size, less in zip(TOKENS, (0, *TOKENS), strict=False) if less < max_tokens

@@ -1,6 +1,7 @@
 """What a model is: its sizes and constants, read from a Hugging Face ``config.json``."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,8 @@ def _check_kinds(file: Path, content: Mapping[str, Any]) -> None:
         items = value if isinstance(value, list) else []
         # JSON's true is an int to Python, and no number.
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
-        if wrong or not all(isinstance(item, ITEMS[key]) for item in items):
+        wrong = wrong or (isinstance(value, float) and not math.isfinite(value))
+        if wrong or not all(type(item) is ITEMS[key] for item in items):
             raise ValueError(f"{file}: {key}={value!r} must be {what}")
         if isinstance(value, dict):
             _check_kinds(file, value)
