@@ -11,6 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minivllm.attention import flash
 from minivllm.models.loader import load_model
 
+
+def _shown(numbers: torch.Tensor) -> list[float]:
+    return [round(x, 3) for x in numbers.tolist()]
+
+
 # ------------------------------------------------------------------ one step
 
 
@@ -28,7 +33,10 @@ def test_online_softmax_step_keeps_the_running_values_it_promises() -> None:
         )
         seen = scores[:, :end]
         weights = (seen - seen.amax(1, keepdim=True)).exp()
-        assert torch.equal(row_max, seen.amax(1)), f"row_max after {end} keys is not their largest"
+        assert torch.equal(row_max, seen.amax(1)), (
+            f"row_max after {end} keys\nis        {_shown(row_max)},\nshould be "
+            f"{_shown(seen.amax(1))}, the largest score of each row"
+        )
         assert_close(row_sum, weights.sum(1), 1e-12, f"row_sum after {end} keys")
         assert_close(acc, weights @ values[:end], 1e-12, f"acc after {end} keys")
 
@@ -73,7 +81,7 @@ def test_online_softmax_step_leaves_its_arguments_alone() -> None:
 def test_attend_in_tiles_does_not_depend_on_the_tile(tile: int) -> None:
     q, k, v, _ = make_batch([23], 4, 2, 16, torch.float64)
     out = flash.attend_in_tiles(q, k, v, scale=0.25, tile=tile)
-    assert_close(out, reference(q, k, v, [23], 0.25), 1e-14, f"in tiles of {tile} keys")
+    assert_close(out, reference(q, k, v, [23], 0.25), 1e-14, f"4 heads on 2 KV heads, tile={tile}")
 
 
 @pytest.mark.parametrize("first", [13, 19])
@@ -103,7 +111,7 @@ def test_attend_in_tiles_computes_in_float32() -> None:
     out = flash.attend_in_tiles(q, k, v, scale=0.25, tile=4)
     assert out.dtype == torch.float16, f"the result is {out.dtype}; q is float16"
     # Rounding the result alone costs 2e-4; running sums in float16 would cost far more.
-    assert_close(out, reference(q, k, v, [50], 0.25), 3e-4, "float16")
+    assert_close(out, reference(q, k, v, [50], 0.25), 3e-4, "float16 input, sums in float32")
 
 
 def test_attend_in_tiles_takes_a_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +141,7 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_attend_in_blocks(tile: int) -> None:
     q, k, v, _ = make_batch([33], 4, 2, 16, torch.float64)
     out = flash.attend_in_blocks(q, k, v, scale=0.25, tile=tile)
-    assert_close(out, reference(q, k, v, [33], 0.25), 1e-14, f"in blocks of {tile}")
+    assert_close(out, reference(q, k, v, [33], 0.25), 1e-14, f"4 heads on 2 KV heads, tile={tile}")
     assert out.is_contiguous() and out.dtype == q.dtype
 
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,8 @@ def test_attend_to_tile_on_the_toy() -> None:
         keys = slice(toy.TILE * tile, toy.TILE * (tile + 1))
         running.take(padded(toy.KEYS[keys]), padded(toy.VALUES[keys]), visible)
         after = f"after tile {tile}"
-        assert_toy(running.row_max[:1], toy.MAX[tile : tile + 1], f"row_max {after}, as a log2")
+        largest = f"row_max {after}, the largest scale_log2 * x"
+        assert_toy(running.row_max[:1], toy.MAX[tile : tile + 1], largest)
         assert_toy(running.row_sum[:1], toy.SUM[tile : tile + 1], f"row_sum {after}")
         assert_toy(running.acc[:1, :2], toy.ACC[tile : tile + 1], f"acc {after}")
 
@@ -152,7 +154,8 @@ def test_attend_to_tile_equals_the_step_in_pytorch() -> None:
         state = flash.online_softmax_step(*state, scores, v)
         after = f"after tile {tile}"
         row_max = state[0] * math.log2(math.e)
-        assert_close(running.row_max.cpu(), row_max, 1e-6, f"row_max {after}, as a log2")
+        largest = f"row_max {after}, the largest scale_log2 * x"
+        assert_close(running.row_max.cpu(), row_max, 1e-6, largest)
         assert_close(running.row_sum.cpu(), state[1], 1e-5, f"row_sum {after}")
         assert_close(running.acc.cpu(), state[2], 1e-5, f"acc {after}")
 
@@ -214,7 +217,10 @@ def test_flash_kernel(head_size, num_heads, num_kv_heads, dtype) -> None:
     begin = 0
     for length in lengths:
         rows = slice(begin, begin + length)
-        what = f"the sequence of {length} tokens that begins at token {begin}"
+        what = (
+            f"{num_heads} heads on {num_kv_heads} KV heads of {head_size} numbers: the sequence "
+            f"from token {begin} to {begin + length - 1}"
+        )
         assert_close(out[rows], expected[rows], limit, what)
         begin += length
 
@@ -262,7 +268,8 @@ def test_model_on_the_flash_kernel_equals_transformers(tmp_path: Path) -> None:
     attend = flash.FlashAttention([0, 5, 23], scale, form=kernels.flash_attention, device=DEVICE)
     input_ids = torch.tensor([token for prompt in prompts for token in prompt], device=DEVICE)
     positions = torch.cat([torch.arange(5), torch.arange(18)]).to(DEVICE)
-    logits = ours.compute_logits(ours(input_ids, positions, attend)).cpu()
+    with Recorder(register_arguments=True) if INTERPRETED else contextlib.nullcontext():
+        logits = ours.compute_logits(ours(input_ids, positions, attend)).cpu()
     for prompt, mine in zip(prompts, logits.split((5, 18)), strict=True):
         error = relative_error(mine, oracle_logits(theirs, prompt))
         assert error < 1e-5, f"the sequence of {len(prompt)} tokens is off by {error:.2g}"
@@ -302,6 +309,15 @@ def rows_written(rec: "Recorder") -> dict[tuple[int, int, int], list[int]]:
     }
 
 
+def span(tokens: Iterable[int]) -> str:
+    """The first and the last of some tokens, and how many they are where some lie between."""
+    found = sorted(tokens)
+    if not found:
+        return "none"
+    gaps = "" if found[-1] - found[0] + 1 == len(found) else f", {len(found)} of them"
+    return f"{found[0]} to {found[-1]}{gaps}"
+
+
 @interpreted
 @pytest.mark.parametrize("block_m", [16, 32])
 def test_flash_kernel_never_loads_a_tile_right_of_the_diagonal(block_m: int) -> None:
@@ -311,9 +327,15 @@ def test_flash_kernel_never_loads_a_tile_right_of_the_diagonal(block_m: int) -> 
         for name in ("k", "v"):
             events = rec.loads_by_program(name)[program]
             read = {int(token) for event in events for token in event.index[0]}
-            assert read == (set(range(begin, rows[-1] + 1)) if rows else set()), (
-                f"program {program} writes tokens {rows[:1]} to {rows[-1:]}, so it needs {name} of "
-                f"tokens {begin} to {rows[-1:]}; it read {sorted(read)}"
+            if not rows:
+                assert not read, (
+                    f"program {program} has no rows, for its sequence ends before them; it should "
+                    f"return at once, but it read {name} of tokens {span(read)}"
+                )
+                continue
+            assert read == set(range(begin, rows[-1] + 1)), (
+                f"program {program} writes tokens {rows[0]} to {rows[-1]}, so it needs {name} of "
+                f"tokens {begin} to {rows[-1]}; it read {span(read)}"
             )
 
 
@@ -359,7 +381,10 @@ def test_flash_kernel_starts_with_the_last_rows() -> None:
     for head in range(4):
         blocks = [written[block, head, 0] for block in range(3)]
         expected = [list(range(32, 40)), list(range(16, 32)), list(range(16))]
-        assert blocks == expected, f"programs (0, 1, 2; {head}, 0) wrote {blocks}"
+        assert blocks == expected, (
+            f"programs 0, 1 and 2 of head {head} wrote tokens {', '.join(map(span, blocks))};\n"
+            f"should be {', '.join(map(span, expected))}: program 0 takes the last block"
+        )
         assert [len(written[block, head, 1]) for block in range(3)] == [0, 0, 10]
 
 

@@ -4,17 +4,33 @@ Whatever must not be read holds NaN here: blocks of nobody, rows past a sequence
 must be written holds NaN before, and table entries past a sequence's last block are -1.
 """
 
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-pytest.importorskip("triton")
-from minivllm.attention import paged_checks
-from minivllm.attention import paged_kernels as paged
-from minivllm.attention.flash_kernels import FlashTile
-from minivllm.attention.paged_split_kernels import sums_in_float64
+triton = pytest.importorskip("triton")
+from minivllm.attention import paged_checks  # noqa: E402
+from minivllm.attention import paged_kernels as paged  # noqa: E402
+from minivllm.attention.flash_kernels import FlashTile  # noqa: E402
+from minivllm.attention.paged_split_kernels import sums_in_float64  # noqa: E402
+
+NOTEBOOKS = str(Path(__file__).resolve().parents[1] / "notebooks")
+sys.path[:0] = [path for path in (NOTEBOOKS,) if path not in sys.path]
+Recorder = importlib.import_module("recorder").Recorder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
+
+
+def every_address_checked():
+    """In the interpreter an address outside its tensor is an error, and does not end the run."""
+    if not triton.knobs.runtime.interpret:
+        return contextlib.nullcontext()
+    return Recorder(register_arguments=True)
 
 
 def int32(values):
@@ -113,7 +129,8 @@ def test_store_writes_its_slots_and_nothing_else(shape, dtype):
     k_cache = torch.full((3, 16, *shape), NAN, dtype=dtype, device=DEVICE)
     v_cache = k_cache.clone()
     slots = torch.tensor([14, 15, -1, 32, 0], device=DEVICE)
-    paged.store_kv(k, v, k_cache, v_cache, slots)
+    with every_address_checked():
+        paged.store_kv(k, v, k_cache, v_cache, slots)
     written = [0, 1, 3, 4]
     for cache, new in ((k_cache, k), (v_cache, v)):
         flat = cache.flatten(0, 1)
@@ -149,7 +166,8 @@ def test_decode_equals_float64(num_heads, num_kv_heads, head_size, block_size, d
     expected = pages.expected(q, [1] * 5, scale)
     limit = 1e-6 if dtype == torch.float32 else 1e-3
     arguments = (q, pages.k_cache, pages.v_cache, pages.tables, pages.context_lens)
-    whole = paged.paged_decode_whole(*arguments, scale=scale)
+    with every_address_checked():
+        whole = paged.paged_decode_whole(*arguments, scale=scale)
     assert (whole[1] == 0).all(), "the sequence without context must get zeros"
     error = relative_error(whole, expected)
     assert error < limit, f"paged_decode_whole: the relative error is {error:.2g}"

@@ -46,10 +46,13 @@ def toy_batch() -> PagedBatch:
 
 
 def assert_toy(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    rounded = ours.round(decimals=3)
     assert torch.allclose(ours, expected, atol=1e-4), (
-        f"{what}\nis        {rounded.tolist()},\nshould be {expected.tolist()}"
+        f"{what}\nis        {_shown(ours.tolist())},\nshould be {_shown(expected.tolist())}"
     )
+
+
+def _shown(numbers: list | float) -> list | float:
+    return [_shown(x) for x in numbers] if isinstance(numbers, list) else round(numbers, 3)
 
 
 def assert_slots(table: list[int], start: int, end: int, block_size: int, right: list[int]) -> None:
@@ -126,7 +129,7 @@ def test_loop_reads_no_slot_of_others() -> None:
     for cache, new in zip(caches, (k, v), strict=True):
         cache.flatten(0, 1)[slots] = new
     out = paged_attention_loop(toy.Q, *caches, toy_batch(), toy.SCALE)
-    assert not out.isnan().any(), "a slot that holds no token of the sequence was read"
+    assert not out.isnan().any(), "a slot without a token of the sequence got into the output"
     assert_toy(out, toy.OUT, "the output among NaN")
 
 
@@ -207,6 +210,7 @@ def random_piece(length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor
 
 def assert_near(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     assert ours.shape == expected.shape, f"{what} has shape {tuple(ours.shape)}"
+    assert not ours.isnan().any(), f"{what}: {int(ours.isnan().sum())} numbers are NaN"
     error = (ours - expected).abs().max() / expected.abs().max()
     assert error < 1e-5, f"{what}: the largest error is {error:.2g} of the largest number"
 
@@ -232,7 +236,8 @@ def test_merge_does_not_depend_on_the_cuts(cuts: list[int]) -> None:
 def test_piece_without_keys_weighs_nothing() -> None:
     q, k, v = random_piece(0)
     out, lse = attend_to_piece(q, k, v, 0.3)
-    assert (out == 0).all() and (lse == float("-inf")).all()
+    assert (out == 0).all(), "the output of a piece without keys should be zeros"
+    assert (lse == float("-inf")).all(), f"lse of a piece without keys is {lse[0]}, should be -inf"
     some = attend_to_piece(*random_piece(5), 0.3)
     merged = merge_pieces(torch.stack((out, some[0])), torch.stack((lse, some[1])))
     assert_near(merged, some[0], "nothing and a piece")

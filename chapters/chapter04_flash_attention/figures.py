@@ -102,7 +102,7 @@ def layer_inputs(model: nn.Module, token_ids: list[int], layer: int) -> tuple[to
 class Step:
     """What one program computed on one tile. Rows are the program's queries.
 
-    scores, weights: [rows, keys]; row_max (as a power of two), shrink, row_sum: [rows];
+    scores, weights: [rows, keys]; row_max (as a log2), shrink, row_sum: [rows];
     acc: [rows, padded head size].
     """
 
@@ -291,7 +291,7 @@ def draw_running(held: Mapping[int, Sequence[Step]], row: int, names: Sequence[s
         axes[1].plot(tiles, [step.row_sum[row] for step in mine], "o-", color=colour)
         for ax in axes:
             ax.set_xticks(tiles)
-    axes[0].set_title("running maximum (as a power of two)")
+    axes[0].set_title("running maximum (as a log2)")
     axes[1].set_title("running denominator")
     for ax in axes:
         ax.set_xlabel("after tile")

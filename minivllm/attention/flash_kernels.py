@@ -3,10 +3,10 @@
 Which program owns which tile (one sequence, one query head):
 
                 keys ->   tile 0   tile 1   tile 2   tile 3
-    queries  program 0  [ diag ]
-       |     program 1  [ full ] [ diag ]
-       v     program 2  [ full ] [ full ] [ diag ]
-             program 3  [ full ] [ full ] [ full ] [ diag ]
+    queries  program 3  [ diag ]
+       |     program 2  [ full ] [ diag ]
+       v     program 1  [ full ] [ full ] [ diag ]
+             program 0  [ full ] [ full ] [ full ] [ diag ]
 
 A program keeps its BLOCK_M query rows, their running maximum, sum and output in
 registers, and walks from left to right over tiles of BLOCK_N keys and values. A tile
