@@ -34,6 +34,7 @@ STOREYS = {
     "minivllm.engine.graph_runner": 8,
     "minivllm.engine.row_table": 8,
     "minivllm.engine.step_forms": 8,
+    "minivllm.engine.pending_tokens": 8,
     "minivllm.engine.prompt_graphs": 8,
     "minivllm.engine.step_message": 8,
     "minivllm.engine.fused_forward": 8,

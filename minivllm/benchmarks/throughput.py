@@ -42,7 +42,7 @@ def build(settings: dict[str, Any], shapes: str | None) -> tuple[LLM, float]:
         torch.cuda.synchronize()
     built = time.perf_counter() - began
     # As a server would: what lives from now on need not be searched for garbage again and again,
-    # for which a step would wait a third of a second.
+    # which a step would have to wait for.
     gc.freeze()
     return llm, built + (before or 0.0)
 

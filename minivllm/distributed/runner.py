@@ -29,8 +29,9 @@ from minivllm.distributed.sampling import GatheringSampler, Vocabulary
 from minivllm.distributed.sharded_forms import shard_forms
 from minivllm.engine.batches import HostSampling
 from minivllm.engine.config import EngineConfig
-from minivllm.engine.graph_runner import GraphRunner, PendingTokens
+from minivllm.engine.graph_runner import GraphRunner
 from minivllm.engine.model_runner import StepResult
+from minivllm.engine.pending_tokens import PendingTokens
 from minivllm.engine.scheduler import Step
 from minivllm.engine.step_forms import skinny_places
 from minivllm.models.config import ModelConfig

@@ -28,8 +28,6 @@ from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.engine.batches import (
     HostBatch,
     HostSampling,
-    TokenLogprobs,
-    cut_logprobs,
     lay_out,
     sampling_of,
     to_device,
@@ -38,10 +36,10 @@ from minivllm.engine.config import EngineConfig
 from minivllm.engine.cuda_graphs import CudaGraphRecorder, GraphLadder, NoRecorder, ladder_sizes
 from minivllm.engine.device_rows import DeviceRows, RowUpdates, StepInputs
 from minivllm.engine.model_runner import ModelRunner, StepResult
+from minivllm.engine.pending_tokens import PendingTokens
 from minivllm.engine.prompt_graphs import WORK_OF_DECODES, PromptGraphs
 from minivllm.engine.row_table import RowTable
 from minivllm.engine.scheduler import Step
-from minivllm.engine.sequence import Sequence as Request
 from minivllm.engine.step_forms import StepForms, choose_forms
 from minivllm.engine.step_message import StepMessage
 from minivllm.layers.sampler import top_logprobs
@@ -49,44 +47,6 @@ from minivllm.layers.sampler import top_logprobs
 # What recorded graphs take outside PyTorch's allocator and in their pool, rounded up (``graphs`` in
 # the report of ``bench throughput`` tells what they took).
 GRAPH_BYTES_PER_NODE = 16 << 10
-
-
-class PendingTokens:
-    """Tokens on their way from the device.
-
-    tokens: int64, on the device; or with ``places`` memory of the host, where the device is going
-    to write them, and which of its numbers they will be.
-    """
-
-    def __init__(
-        self,
-        sequences: list[Request],
-        tokens: torch.Tensor,
-        logprobs: tuple[torch.Tensor, ...],
-        *,
-        device: torch.device,
-        places: list[int] | None = None,
-    ) -> None:
-        self._sequences = sequences
-        self._places = places
-        self._tokens = _to_host(tokens) if places is None else tokens.view(-1)
-        self._logprobs = tuple(map(_to_host, logprobs))
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def result(self) -> StepResult:
-        """Wait for the step, and read its tokens."""
-        if self._event is not None:
-            self._event.synchronize()
-        logprobs: list[TokenLogprobs | None] = [None] * len(self._sequences)
-        if self._logprobs:
-            logprobs = cut_logprobs(self._sequences, *self._logprobs)
-        tokens = self._tokens.tolist()
-        if self._places is not None:
-            tokens = [tokens[place] for place in self._places]
-        return StepResult(tokens, logprobs)
 
 
 @dataclass(frozen=True)
@@ -395,11 +355,3 @@ class GraphRunner(ModelRunner):
         padding = [-1] * (len(self.active) - len(places))
         self.active.copy_(to_device(places + padding, torch.int32, self.device))
         self._active = places
-
-
-def _to_host(x: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory, which is complete once the device has come so far."""
-    if not x.is_cuda:
-        return x.clone()
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    return host.copy_(x, non_blocking=True)
