@@ -7,8 +7,10 @@ of at least 3:1 (text 4:1) on a white page and on a dark one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -416,3 +418,14 @@ def draw_snapshots(
     if len(ax.get_lines()) > 1:
         ax.legend(fontsize=8.5)
     return ax
+
+
+def write_figures(make: Callable[[], Mapping[str, Figure]], folder: Path) -> None:
+    """Draw the figures of a text, by file name, and write them into ``folder`` as SVG."""
+    use_style("svg")
+    folder.mkdir(exist_ok=True)
+    for name, figure in make().items():
+        # No date in the file: the same picture gives the same file.
+        figure.savefig(folder / name, metadata={"Date": None})
+        plt.close(figure)
+        print(f"wrote {os.path.relpath(folder / name)}")

@@ -1,5 +1,7 @@
 """Chapter 8: rows on the device, the ladder of graphs, and a runner that is a step ahead."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import fields
 from itertools import pairwise
@@ -692,6 +694,29 @@ def test_steps_with_prompts_may_be_recorded(model, policy, late):
     ours, _ = serve(runner, MIX, late=late, policy=policy)
     check_same(ours, plain)
     assert 64 in sizes and set(sizes) <= {16, 24, 32, 48, 64}
+
+
+def test_a_runner_that_was_closed_needs_no_search_for_garbage(model):
+    runner = make_runner(GraphRunner, model)
+    runner.prompts = PromptGraphs(
+        runner._prompt,
+        NoRecorder(),
+        max_tokens=16,
+        max_seqs=2,
+        max_blocks=runner.rows.block_tables.shape[1],
+        context_of_decodes=1,
+        vocab_size=runner.logits.shape[1],
+        dtype=runner.logits.dtype,
+        device=CPU,
+    )
+    gone = weakref.ref(runner)
+    gc.disable()
+    try:
+        runner.close()
+        del runner
+        assert gone() is None, "something in it still refers to it"
+    finally:
+        gc.enable()
 
 
 def test_graph_runner_after_preemptions(model):

@@ -745,18 +745,24 @@ def test_context_manager(folder):
     assert llm.engine.runner is None
 
 
-@pytest.mark.parametrize("knot", [False, True])
-def test_shutdown_frees_the_runner(folder, monkeypatch, knot):
+@pytest.mark.parametrize("knot", [None, "runner", "model", "cache"])
+def test_shutdown_frees_all_that_is_large(folder, monkeypatch, knot):
     """Without a search for garbage, unless somebody has tied it into a knot; frozen or not."""
     engine = OverlappingEngine(model=folder, num_kv_blocks=4)
-    if knot:
-        engine.runner.itself = engine.runner
-    else:
+    large = {
+        "runner": engine.runner,
+        "model": engine.runner.model,
+        "cache": engine.runner.cache,
+    }
+    if knot is None:
         monkeypatch.setattr(gc, "collect", pytest.fail)
-    runner = weakref.ref(engine.runner)
+    else:
+        large[knot].knot = [large[knot]]
+    parts = {name: weakref.ref(part) for name, part in large.items()}
+    del large
     gc.freeze()
     engine.shutdown()
-    assert runner() is None
+    assert [name for name, part in parts.items() if part() is not None] == []
 
 
 def test_after_shutdown(folder):

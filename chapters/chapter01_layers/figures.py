@@ -26,7 +26,7 @@ from minivllm.layers.rotary_embedding import RopeScaling, inverse_frequencies
 FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER.parents[1] / "notebooks"))
 
-from drawing import EMPTY, INK, PALETTE, use_style  # noqa: E402
+from drawing import EMPTY, INK, PALETTE, write_figures  # noqa: E402
 from recorder import Recorder  # noqa: E402
 
 BLUE, ORANGE, _, RED = PALETTE[:4]
@@ -221,13 +221,7 @@ def all_figures() -> dict[str, Figure]:
 
 
 def main(folder: Path = FOLDER / "figures") -> None:
-    use_style("svg")
-    folder.mkdir(exist_ok=True)
-    for name, figure in all_figures().items():
-        # No date in the file: the same picture gives the same file.
-        figure.savefig(folder / name, metadata={"Date": None})
-        plt.close(figure)
-        print(f"wrote {os.path.relpath(folder / name)}")
+    write_figures(all_figures, folder)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ KERNELS = FOLDER.parents[1] / "minivllm" / "attention" / "flash_kernels.py"
 MEASURED = FOLDER / "attention_prefill_h200.json"
 sys.path.append(str(FOLDER.parents[1] / "notebooks"))
 
-from drawing import INK, PALETTE, use_style  # noqa: E402
+from drawing import INK, PALETTE, write_figures  # noqa: E402
 from recorder import Program, Recorder  # noqa: E402
 
 BLUE, ORANGE, GREEN, RED, PURPLE = PALETTE[:5]
@@ -395,13 +395,7 @@ def all_figures() -> dict[str, Figure]:
 
 
 def main(folder: Path = FOLDER / "figures") -> None:
-    use_style("svg")
-    folder.mkdir(exist_ok=True)
-    for name, figure in all_figures().items():
-        # No date in the file: the same picture gives the same file.
-        figure.savefig(folder / name, metadata={"Date": None})
-        plt.close(figure)
-        print(f"wrote {os.path.relpath(folder / name)}")
+    write_figures(all_figures, folder)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from minivllm.attention.paged_split import attend_to_piece
 FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER.parents[1] / "notebooks"))
 
-from drawing import EMPTY, INK, PALETTE, use_style  # noqa: E402
+from drawing import EMPTY, INK, PALETTE, write_figures  # noqa: E402
 
 BLUE, ORANGE, GREEN, RED, PURPLE = PALETTE[:5]
 NAMES = "ABCDEFGH"
@@ -309,13 +309,7 @@ LINE = [60, 25, 150, 40]
 
 
 def main(folder: Path = FOLDER / "figures") -> None:
-    use_style("svg")
-    folder.mkdir(exist_ok=True)
-    for name, figure in all_figures().items():
-        # No date in the file: the same picture gives the same file.
-        figure.savefig(folder / name, metadata={"Date": None})
-        plt.close(figure)
-        print(f"wrote {os.path.relpath(folder / name)}")
+    write_figures(all_figures, folder)
 
 
 if __name__ == "__main__":

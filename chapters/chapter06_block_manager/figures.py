@@ -5,7 +5,6 @@
 Every picture is drawn from what the real block manager did, most of them from its event log.
 """
 
-import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +37,7 @@ from minivllm.engine.events import Event, EventLog
 FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER.parents[1] / "notebooks"))
 
-from drawing import EMPTY, INK, PALETTE, use_style  # noqa: E402
+from drawing import EMPTY, INK, PALETTE, write_figures  # noqa: E402
 
 BLUE, ORANGE, GREEN, RED, PURPLE = PALETTE[:5]
 
@@ -397,13 +396,7 @@ def all_figures() -> dict[str, Figure]:
 
 
 def main(folder: Path = FOLDER / "figures") -> None:
-    use_style("svg")
-    folder.mkdir(exist_ok=True)
-    for name, figure in all_figures().items():
-        # No date in the file: the same picture gives the same file.
-        figure.savefig(folder / name, metadata={"Date": None})
-        plt.close(figure)
-        print(f"wrote {os.path.relpath(folder / name)}")
+    write_figures(all_figures, folder)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Every picture is drawn from the event log that the real scheduler wrote.
 """
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -25,7 +24,7 @@ from minivllm.engine.events import Event, EventLog
 FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER.parents[1] / "notebooks"))
 
-from drawing import EMPTY, INK, PALETTE, use_style  # noqa: E402
+from drawing import EMPTY, INK, PALETTE, write_figures  # noqa: E402
 
 BLUE, ORANGE, GREEN, RED = PALETTE[:4]
 
@@ -224,15 +223,14 @@ def draw_throughput(batches: Sequence[int], tokens_per_second: Sequence[float]) 
     return figure
 
 
-def main(folder: Path = FOLDER / "figures") -> None:
-    use_style("svg")
-    folder.mkdir(exist_ok=True)
+def all_figures() -> dict[str, Figure]:
+    """The figures of the text, by file name."""
     played = {policy: toy.play(policy) for policy in ("prefill_first", "mixed")}
-    figure = draw_charts(played)
-    # No date in the file: the same picture gives the same file.
-    figure.savefig(folder / "gantt.svg", metadata={"Date": None})
-    plt.close(figure)
-    print(f"wrote {os.path.relpath(folder / 'gantt.svg')}")
+    return {"gantt.svg": draw_charts(played)}
+
+
+def main(folder: Path = FOLDER / "figures") -> None:
+    write_figures(all_figures, folder)
 
 
 if __name__ == "__main__":

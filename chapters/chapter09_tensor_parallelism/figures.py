@@ -6,7 +6,6 @@ Who owns what is drawn from what the package's layers ask of a checkpoint, the e
 the engine's own ranks said. The timed ones are drawn from reports (see ``results``).
 """
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from minivllm.models.loader import checkpoint_sources, model_class
 FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER.parents[1] / "notebooks"))
 
-from drawing import EMPTY, INK, PALETTE, use_style  # noqa: E402
+from drawing import EMPTY, INK, PALETTE, write_figures  # noqa: E402
 
 # One for each rank; what all of them have is of no colour.
 RANKS = PALETTE[:4]
@@ -414,13 +413,7 @@ def all_figures() -> dict[str, Figure]:
 
 
 def main(folder: Path = FOLDER / "figures") -> None:
-    use_style("svg")
-    folder.mkdir(exist_ok=True)
-    for name, figure in all_figures().items():
-        # No date in the file: the same picture gives the same file.
-        figure.savefig(folder / name, metadata={"Date": None})
-        plt.close(figure)
-        print(f"wrote {os.path.relpath(folder / name)}")
+    write_figures(all_figures, folder)
 
 
 if __name__ == "__main__":

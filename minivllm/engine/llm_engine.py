@@ -290,10 +290,10 @@ class LLMEngine:
         device = self.runner.device
         self._in_flight = None
         self.runner.close()
-        runner = weakref.ref(self.runner)
+        large = [weakref.ref(x) for x in (self.runner, self.runner.model, self.runner.cache)]
         self.runner = None
-        if runner() is not None:
-            # Parts of it refer to one another; and gc.freeze() may have hidden that.
+        if any(part() is not None for part in large):
+            # Parts of them refer to one another; and gc.freeze() may have hidden that.
             gc.unfreeze()
             gc.collect()
         if device.type == "cuda":
