@@ -3,7 +3,8 @@
 Decode steps are those of the usual throughput workload: after so many steps, whoever is still being
 served, with the context it has then; each captured in a CUDA graph, token ids to logits. Prompts
 are as many of the workload's first ones as a step takes, without a graph, so the host's time to
-launch them is measured too. Weights, keys and values are random, made on the device. The logits of
+launch them is measured too. ``--try`` adds variants of the chain's tuning, as in ``skinny.py``.
+Weights, keys and values are random, made on the device. The logits of
 the forms are compared with those of the plain model.
 """
 
@@ -22,11 +23,18 @@ from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.attention.paged_triton import TritonAttention
 from minivllm.benchmarks import harness
 from minivllm.benchmarks.report import write_report
-from minivllm.benchmarks.skinny import BLOCK_SIZE, SHAPES, model_config, random_model
+from minivllm.benchmarks.skinny import (
+    BLOCK_SIZE,
+    SHAPES,
+    model_config,
+    parse_tuning,
+    random_model,
+)
 from minivllm.benchmarks.workload import usual_workload
 from minivllm.engine.device_rows import StepInputs
 from minivllm.engine.folded_forward import FoldedForward
 from minivllm.engine.fused_forward import FusedForward
+from minivllm.engine.skinny_forward import SkinnyForward
 from minivllm.engine.step_forms import decode_batch
 from minivllm.models.config import ModelConfig
 
@@ -110,6 +118,26 @@ class Contest:
             "fused": FusedForward(self.model, pdl=True),
             "folded": FoldedForward(twin, pdl=True),
         }
+        self.chains: dict[tuple[str, int], SkinnyForward] = {}
+
+    @torch.inference_mode()
+    def run_chain(self, variant: str, batch: PagedBatch) -> torch.Tensor:
+        """Logits [B, V] by ``skinny_forward``, its tuning changed as ``variant`` says."""
+        rows = len(batch.context)
+        chain = self.chains.get((variant, rows))
+        if chain is None:
+            tuning = parse_tuning(variant, rows)
+            chain = SkinnyForward(self.model, self.cache, rows, tuning=tuning)
+            self.chains[variant, rows] = chain
+        attend = self.attention(self.cache, batch, self.config.head_size**-0.5)
+        return chain(
+            batch.input_ids,
+            batch.positions,
+            batch.slot_mapping,
+            batch.block_tables,
+            batch.context,
+            attend=partial(attend.attend_stored, pdl=chain.dependent),
+        )
 
     @torch.inference_mode()
     def run(self, form: str, batch: PagedBatch) -> torch.Tensor:
@@ -157,13 +185,25 @@ def kernel_times(call: Callable[[], Any], repeats: int = 3) -> dict[str, Any]:
 
 
 def measure(
-    contest: Contest, name: str, batch: PagedBatch, *, graph: bool, profile: bool
+    contest: Contest,
+    name: str,
+    batch: PagedBatch,
+    *,
+    graph: bool,
+    profile: bool,
+    variants: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Milliseconds of a step in each form, and how far its logits are from the plain model's."""
+    """Milliseconds of a step in each form, and how far its logits are from the plain model's.
+
+    graph: in a CUDA graph. variants: of the chain, where it can take so many rows.
+    """
     device = batch.input_ids.device
     expected = contest.plain(batch).float()
     real = batch.context > 0
     calls = {form: partial(contest.run, form, batch) for form in contest.forms}
+    if graph and SkinnyForward.fits(contest.config, len(real), device, torch.bfloat16):
+        for variant in ("", *variants):
+            calls[f"chain {variant}".rstrip()] = partial(contest.run_chain, variant, batch)
     errors = {
         form: float((call().float() - expected)[real].norm() / expected[real].norm())
         for form, call in calls.items()
@@ -201,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--prompts", type=int, nargs="*", default=[1024, 8192], help="tokens of prompt steps"
     )
+    parser.add_argument("--try", dest="variants", nargs="+", default=[], metavar="NAME=VALUE,...")
     parser.add_argument("--profile", action="store_true", help="kernels of the first of each")
     parser.add_argument("--output", help="JSON file")
     arguments = parser.parse_args(argv)
@@ -216,7 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"{len(contexts)} decodes, {sum(contexts)} tokens of context"
         batch = decode_step(contexts, config.vocab_size, device)
         profile = arguments.profile and after == arguments.after[0]
-        records.append(measure(contest, name, batch, graph=True, profile=profile))
+        records.append(
+            measure(contest, name, batch, graph=True, profile=profile, variants=arguments.variants)
+        )
     for most in arguments.prompts:
         batch = prompt_step(most, config.vocab_size, device)
         name = f"{len(batch.context)} prompts, {len(batch.input_ids)} tokens"

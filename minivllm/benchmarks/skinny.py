@@ -15,6 +15,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -89,34 +90,53 @@ class DecodeStep:
 
     @classmethod
     def make(
-        cls, config: ModelConfig, context: int, rows: int, dtype: torch.dtype, device: torch.device
+        cls,
+        config: ModelConfig,
+        contexts: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> DecodeStep:
-        blocks = -(-context // BLOCK_SIZE)
-        cache = PagedKVCache(config, rows * blocks, BLOCK_SIZE, dtype=dtype, device=device)
+        """One sequence of each of ``contexts`` tokens, the newest included."""
+        rows = len(contexts)
+        blocks = [-(-context // BLOCK_SIZE) for context in contexts]
+        cache = PagedKVCache(config, sum(blocks), BLOCK_SIZE, dtype=dtype, device=device)
         cache.k.normal_()
         cache.v.normal_()
-        tables = torch.randperm(rows * blocks, device=device).view(rows, blocks).int()
-        last = context - 1
-        slots = tables[:, last // BLOCK_SIZE].long() * BLOCK_SIZE + last % BLOCK_SIZE
+        tables = torch.zeros(rows, max(blocks), dtype=torch.int32, device=device)
+        shuffled = torch.randperm(sum(blocks), device=device).int().split(blocks)
+        for table, of_row in zip(tables, shuffled, strict=True):
+            table[: len(of_row)] = of_row
+        last = torch.tensor(contexts, device=device) - 1
+        block = tables.gather(1, last[:, None] // BLOCK_SIZE)[:, 0]
         return cls(
             PagedBatch(
                 input_ids=torch.randint(0, config.vocab_size, (rows,), device=device),
-                positions=torch.full((rows,), last, device=device),
-                slot_mapping=slots,
+                positions=last,
+                slot_mapping=block.long() * BLOCK_SIZE + last % BLOCK_SIZE,
                 cu_query_lens=torch.arange(rows + 1, dtype=torch.int32, device=device),
-                context=torch.full((rows,), context, dtype=torch.int32, device=device),
+                context=last.int() + 1,
                 block_tables=tables,
                 query_lens=(1,) * rows,
-                context_lens=(context,) * rows,
+                context_lens=tuple(contexts),
             ),
             cache,
         )
 
-    def skinny(self, forward: SkinnyForward) -> torch.Tensor:
-        """The step by the kernels: logits [P, V]."""
-        batch = self.batch
+    def skinny(
+        self, forward: SkinnyForward, attention: TritonAttention | None = None
+    ) -> torch.Tensor:
+        """The step by the kernels: logits [P, V]; attention: for many sequences."""
+        batch, attend = self.batch, None
+        if attention is not None and not forward.tuning.own_attention:
+            bound = attention(self.cache, batch, forward.model.config.head_size**-0.5)
+            attend = partial(bound.attend_stored, pdl=forward.dependent)
         return forward(
-            batch.input_ids, batch.positions, batch.slot_mapping, batch.block_tables, batch.context
+            batch.input_ids,
+            batch.positions,
+            batch.slot_mapping,
+            batch.block_tables,
+            batch.context,
+            attend=attend,
         )
 
     @torch.inference_mode()
@@ -130,7 +150,11 @@ class DecodeStep:
 
 
 def check(
-    model: Qwen3ForCausalLM, wide: Qwen3ForCausalLM, step: DecodeStep, forward: SkinnyForward
+    model: Qwen3ForCausalLM,
+    wide: Qwen3ForCausalLM,
+    step: DecodeStep,
+    forward: SkinnyForward,
+    attention: TritonAttention,
 ) -> dict[str, Any]:
     """Relative errors of the kernels' and the model's logits against the float32 model's."""
     cache = PagedKVCache(
@@ -148,7 +172,7 @@ def check(
     for layer in (*step.cache.k, *step.cache.v):
         layer.flatten(0, 1)[step.batch.slot_mapping] = torch.nan
     forward.logits.fill_(torch.nan)
-    ours = step.skinny(forward).float()
+    ours = step.skinny(forward, attention).float()
 
     def error(logits: torch.Tensor) -> float:
         return ((logits - exact).norm() / exact.norm()).item()
@@ -171,12 +195,12 @@ def check(
     return {**record, "good": good and stored < 0.01}
 
 
-def bytes_of_step(config: ModelConfig, context: int, rows: int) -> int:
-    """What has to be read of weights and cache, in bytes, 2 for each number."""
+def bytes_of_step(config: ModelConfig, tokens: int) -> int:
+    """What has to be read of weights and ``tokens`` in the cache, in bytes, 2 for each number."""
     size, head = config.hidden_size, config.head_size
     attention = size * head * (2 * config.num_heads + 2 * config.num_kv_heads)
     layer = attention + 3 * size * config.intermediate_size
-    cached = rows * context * 2 * config.num_kv_heads * head
+    cached = tokens * 2 * config.num_kv_heads * head
     return 2 * (config.num_layers * (layer + cached) + config.vocab_size * size)
 
 
@@ -244,18 +268,18 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"copies {bandwidth / 1e12:.2f} TB/s", flush=True)
     records = []
     for rows in arguments.batch:
-        step = DecodeStep.make(config, arguments.context, rows, dtype, device)
-        moved = bytes_of_step(config, arguments.context, rows)
-        least = moved / bandwidth
+        contexts = [arguments.longest or arguments.context] + [arguments.context] * (rows - 1)
+        step = DecodeStep.make(config, contexts, dtype, device)
+        least = bytes_of_step(config, sum(contexts)) / bandwidth
+        attention = TritonAttention(
+            config,
+            max_num_seqs=rows,
+            max_model_len=step.batch.block_tables.shape[1] * BLOCK_SIZE,
+            block_size=BLOCK_SIZE,
+            dtype=dtype,
+            device=device,
+        )
         if not arguments.no_model:
-            attention = TritonAttention(
-                config,
-                max_num_seqs=rows,
-                max_model_len=step.batch.block_tables.shape[1] * BLOCK_SIZE,
-                block_size=BLOCK_SIZE,
-                dtype=dtype,
-                device=device,
-            )
             replay = harness.replay_of([lambda s=step, a=attention: s.plain(model, backend=a)])
             seconds = harness.time_calls(replay, device, budget_s=0.2)
             print(f"batch {rows}: the model in a graph {seconds * 1e3:.3f} ms", flush=True)
@@ -269,8 +293,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     if wide is None:
                         wide = Qwen3ForCausalLM(config, dtype=torch.float32, device=device)
                         wide.requires_grad_(False).load_state_dict(model.state_dict())
-                    record |= check(model, wide, step, forward)
-                replay = harness.replay_of([lambda s=step, f=forward: s.skinny(f)])
+                    record |= check(model, wide, step, forward, attention)
+                replay = harness.replay_of([partial(step.skinny, forward, attention)])
                 seconds = harness.time_calls(replay, device, budget_s=arguments.budget)
             except Exception as error:  # a variant may ask for more than the chip has
                 print(f"batch {rows} {variant}: {type(error).__name__}: {str(error)[-150:]}")
@@ -306,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", choices=list(SHAPES), default="0.6B")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=256, help="tokens of each sequence")
+    parser.add_argument("--longest", type=int, default=0, help="tokens of the first one")
     parser.add_argument("--try", dest="variants", nargs="+", default=[], metavar="NAME=VALUE,...")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds of timing for each")
     parser.add_argument("--no-check", action="store_true")

@@ -26,14 +26,13 @@ import torch
 from minivllm.distributed.exchange import Exchange
 from minivllm.distributed.one_shot import OneShot, most_rows
 from minivllm.distributed.sampling import GatheringSampler, Vocabulary
-from minivllm.distributed.sharded_forms import shard_forms
+from minivllm.distributed.sharded_forms import chain_places, shard_forms
 from minivllm.engine.batches import HostSampling
 from minivllm.engine.config import EngineConfig
 from minivllm.engine.graph_runner import GraphRunner
 from minivllm.engine.model_runner import StepResult
 from minivllm.engine.pending_tokens import PendingTokens
 from minivllm.engine.scheduler import Step
-from minivllm.engine.step_forms import skinny_places
 from minivllm.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ class TensorParallelRunner(GraphRunner):
             width=model.hidden_size,
             dtype=dtype,
             most_rows=rows,
-            most_parts=skinny_places(model) * model.hidden_size,
+            most_parts=chain_places(model, dtype, self.device) * model.hidden_size,
             most_sampled=config.max_num_seqs,
             pdl=pdl,
         )

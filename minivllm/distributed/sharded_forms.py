@@ -16,9 +16,11 @@ from minivllm.distributed.sampling import Vocabulary
 from minivllm.engine.device_rows import StepInputs
 from minivllm.engine.fused_forward import AttendStored, FusedForward
 from minivllm.engine.model_runner import ModelRunner
+from minivllm.engine.skinny_buffers import Scratch
 from minivllm.engine.skinny_forward import SkinnyForward, StepTables
 from minivllm.engine.skinny_tuning import SkinnyTuning
-from minivllm.engine.step_forms import Draw, StepForms, decode_batch, skinny_places
+from minivllm.engine.step_forms import Draw, StepForms, decode_batch, run_chain, skinny_places
+from minivllm.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from minivllm.engine.skinny_gemv_kernels import Stream
@@ -46,6 +48,7 @@ def shard_forms(
 
     fused = ShardedForward(model, exchange)
     skinny: dict[int, SkinnyShard] = {}
+    scratch = Scratch(device)
 
     def forward(runner: ModelRunner, batch: PagedBatch, cache: PagedKVCache) -> torch.Tensor:
         bound = runner.bind_attention(cache, batch, runner.scale)
@@ -53,23 +56,17 @@ def shard_forms(
         return fused(batch.input_ids, batch.positions, batch.slot_mapping, cache, attend)
 
     def decode(runner: ModelRunner, inputs: StepInputs, logits: torch.Tensor) -> None:
-        places = len(logits)
-        many = places > skinny_places(model.config)
-        if many or not SkinnyForward.fits(model.config, places, device):
+        places, dtype = len(logits), logits.dtype
+        many = places > chain_places(model.config, dtype, device)
+        if many or not SkinnyForward.fits(model.config, places, device, dtype):
             hidden = forward(runner, decode_batch(inputs), runner.cache)
             forms.head(model, hidden, logits)
             return
         if places not in skinny:
             skinny[places] = SkinnyShard(
-                model, runner.cache, places, exchange=exchange, logits=logits
+                model, runner.cache, places, exchange=exchange, logits=logits, scratch=scratch
             )
-        skinny[places](
-            inputs.input_ids,
-            inputs.positions,
-            inputs.slot_mapping,
-            inputs.block_tables,
-            inputs.context,
-        )
+        run_chain(skinny[places], runner, inputs)
 
     def find_best(logits: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
         score = torch.empty(len(logits), dtype=torch.float32, device=device)
@@ -127,6 +124,11 @@ class ShardedForward(FusedForward):
         return x
 
 
+def chain_places(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """As :func:`skinny_places`; but the chain's sums travel in float32, which pays for few only."""
+    return min(32, skinny_places(config, dtype, device))
+
+
 # A program reads one part of a sum here, where on one device there are several, and has as many
 # weights: so norms are worth making inside the products of wider models than there.
 NORM_INSIDE = 4096
@@ -143,10 +145,11 @@ class SkinnyShard(SkinnyForward):
         *,
         exchange: Exchange,
         logits: torch.Tensor | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         """See :class:`SkinnyForward`; logits are those of this rank's tokens."""
         tuning = replace(SkinnyTuning.for_rows(rows), norm_inside=NORM_INSIDE)
-        super().__init__(model, cache, rows, tuning=tuning, logits=logits)
+        super().__init__(model, cache, rows, tuning=tuning, logits=logits, scratch=scratch)
         self.exchange = exchange
         # The chain reads an embedding at ids: here one of P vectors, in their order.
         self.places = torch.arange(rows, device=cache.k.device)
@@ -158,16 +161,19 @@ class SkinnyShard(SkinnyForward):
         slot_mapping: torch.Tensor,
         block_tables: torch.Tensor,
         context: torch.Tensor,
+        attend: AttendStored | None = None,
     ) -> torch.Tensor:
         """See :class:`SkinnyForward`; the logits are those of this rank's tokens."""
         from minivllm.engine.skinny_gemv_kernels import Stream
 
         tables = StepTables(positions, slot_mapping, block_tables, context)
         self._check(input_ids, tables)
-        run = self._one_row if self.rows == 1 else self._more_rows
         with torch.inference_mode():
             vectors, _ = self.exchange.embed(self.model.model.embed_tokens, input_ids, None)
-            return run(Stream(vectors, self.places), tables)
+            stream = Stream(vectors, self.places)
+            if self.rows == 1:
+                return self._one_row(stream, tables)
+            return self._more_rows(stream, tables, attend)
 
     def _stream(self, stream: Stream, total: torch.Tensor, parts: torch.Tensor) -> Stream:
         from minivllm.engine.skinny_gemv_kernels import Stream

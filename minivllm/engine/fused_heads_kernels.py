@@ -41,6 +41,7 @@ def qk_norm_rope_store_kernel(
     k_cache_ptr,
     v_cache_ptr,
     norm_of_ptr,
+    part_stride,
     qkv_stride,
     eps,
     norm_size,
@@ -50,6 +51,7 @@ def qk_norm_rope_store_kernel(
     D: tl.constexpr,
     HALF: tl.constexpr,  # D / 2 rounded up to a power of two
     HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
     NORM: tl.constexpr,
     NORM_BLOCK: tl.constexpr,  # the size of a row of norm_of, padded; 0 without one
     DEPENDENT: tl.constexpr,
@@ -83,6 +85,10 @@ def qk_norm_rope_store_kernel(
     row_ptr = qkv_ptr + token * qkv_stride + heads * D + cols
     raw_1 = tl.load(row_ptr, mask=mask, other=0.0)
     raw_2 = tl.load(row_ptr + D // 2, mask=mask, other=0.0)
+    for _ in tl.static_range(1, PARTS):
+        row_ptr += part_stride
+        raw_1 += tl.load(row_ptr, mask=mask, other=0.0)
+        raw_2 += tl.load(row_ptr + D // 2, mask=mask, other=0.0)
     x_1 = raw_1.to(tl.float32)
     x_2 = raw_2.to(tl.float32)
     dtype = q_ptr.dtype.element_ty
@@ -136,13 +142,15 @@ def qk_norm_rope_store(
     ``paged.store_kv``, one after the other.
 
     Args:
-        qkv: [T, (H + 2 * G) * D]; rows may lie apart, the numbers of a row may not.
+        qkv: [T, (H + 2 * G) * D]; rows may lie apart, the numbers of a row may not. Or float32
+            [parts, T, (H + 2 * G) * D], to be summed first.
         q_norm_weight, k_norm_weight: [D], or both None for a family without these norms.
         eps: of the norms.
         rope_table: float32 [positions, 1, D], cos in the first half and sin in the second.
         positions: int64 [T].
         slot_mapping: int64 [T], block * S + row; -1 is padding and is written nowhere.
-        k_cache, v_cache: [N, S, G, D], contiguous, in the dtype of ``qkv``; written in place.
+        k_cache, v_cache: [N, S, G, D], contiguous, in the dtype of ``qkv`` (of the model,
+            where that is in parts); written in place.
         num_heads, num_kv_heads, head_size: H, G, D.
         norm_of: [T, E], contiguous, if ``qkv`` is the projection of these rows themselves: each row
             of ``qkv`` is then divided by the root mean square of its row here, with ``norm_eps``.
@@ -156,9 +164,10 @@ def qk_norm_rope_store(
     Raises:
         ValueError: if shapes, dtypes or strides do not fit together.
     """
-    num_tokens, width = qkv.shape
+    num_tokens, width = qkv.shape[-2:]
+    summed = qkv.dim() == 3 and qkv.dtype == torch.float32
     heads = num_heads + 2 * num_kv_heads
-    if width != heads * head_size or qkv.stride(1) != 1:
+    if width != heads * head_size or qkv.stride(-1) != 1 or (qkv.dim() != 2 and not summed):
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}; {num_heads} query and "
             f"{num_kv_heads} KV heads of {head_size} need rows of {heads * head_size} in one piece"
@@ -172,7 +181,7 @@ def qk_norm_rope_store(
             f"k_cache has shape {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}; "
             f"give both [blocks, tokens, {num_kv_heads}, {head_size}]"
         )
-    if not (k_cache.dtype == v_cache.dtype == qkv.dtype):
+    if k_cache.dtype != v_cache.dtype or (k_cache.dtype != qkv.dtype and not summed):
         raise ValueError(
             f"qkv is {qkv.dtype} but k_cache {k_cache.dtype} and v_cache {v_cache.dtype}; "
             "they must be equal"
@@ -182,7 +191,7 @@ def qk_norm_rope_store(
             f"k_cache and v_cache must be contiguous; their strides are {k_cache.stride()} and "
             f"{v_cache.stride()}"
         )
-    q = torch.empty(num_tokens, num_heads, head_size, dtype=qkv.dtype, device=qkv.device)
+    q = torch.empty(num_tokens, num_heads, head_size, dtype=k_cache.dtype, device=qkv.device)
     if norm_of is not None:
         check_norm_of(norm_of, qkv)
     if num_tokens == 0:
@@ -199,7 +208,8 @@ def qk_norm_rope_store(
         k_cache,
         v_cache,
         norm_of,
-        qkv.stride(0),
+        qkv.stride(0) if summed else 0,
+        qkv.stride(-2),
         eps,
         0 if norm_of is None else norm_of.shape[1],
         norm_eps,
@@ -208,6 +218,7 @@ def qk_norm_rope_store(
         D=head_size,
         HALF=triton.next_power_of_2(head_size // 2),
         HEADS=block,
+        PARTS=qkv.shape[0] if summed else 1,
         NORM=q_norm_weight is not None,
         NORM_BLOCK=norm_block(norm_of),
         DEPENDENT=pdl,

@@ -22,8 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minivllm.attention.flash_hopper import runs_on_hopper
 from minivllm.attention.paged import PagedKVCache
 from minivllm.attention.paged_triton import triton_runs_on
+from minivllm.engine.fused_forward import AttendStored
+from minivllm.engine.skinny_buffers import Scratch, SkinnyBuffers
 from minivllm.engine.skinny_tuning import SkinnyTuning
 from minivllm.layers.layernorm import RMSNorm
 from minivllm.models.config import ModelConfig
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from minivllm.engine.skinny_gemv_kernels import Stream
 
 MOST_ROWS = 64
+MOST_ROWS_ON_HOPPER = 256
 HEAD_SIZES = (64, 128)
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -63,6 +67,7 @@ class SkinnyForward:
         reduce: Reduce | None = None,
         tuning: SkinnyTuning | None = None,
         logits: torch.Tensor | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         """Reserve the buffers.
 
@@ -70,17 +75,18 @@ class SkinnyForward:
             model: Qwen3ForCausalLM or LlamaForCausalLM with its weights loaded; they are used
                 where they lie.
             cache: where K and V go, of the model's dtype and device.
-            rows: P, 1 to 64.
+            rows: P, 1 to 64; to 256 in 16 bits on Hopper.
             reduce: called on what o_proj and down_proj give, float32 [P, E]; what it returns is
                 added to the residual stream instead (the sum over ranks, say), in the same form.
             tuning: tile sizes; those for this number of rows when None.
             logits: [P, V] of the model's dtype to write into; new memory when None.
+            scratch: where to take the buffers from; new memory when None.
 
         Raises:
             ValueError: if these kernels cannot run the model there.
         """
         weight = model.model.embed_tokens.weight
-        reason = self.why_not(model.config, rows, weight.device)
+        reason = self.why_not(model.config, rows, weight.device, weight.dtype)
         if reason is not None:
             raise ValueError(reason)
         if cache.block_size & (cache.block_size - 1):
@@ -101,23 +107,54 @@ class SkinnyForward:
         self.processors = properties.multi_processor_count if properties else 4
         self.tuning = tuning or SkinnyTuning.for_rows(rows)
         self.inside = rows == 1 and weight.shape[1] <= self.tuning.norm_inside
+        # The copy engine wants rows of the weights that begin at 16 bytes: all sizes are so.
+        self.hopper = (
+            self.tuning.hopper
+            and rows > 1
+            and runs_on_hopper(weight.device, weight.dtype, model.config.head_size)
+        )
         # Hopper and later can start a kernel while the one in front finishes.
         self.dependent = bool(properties and properties.major >= 9) and self.tuning.dependent
-        self._make_buffers(weight)
-        if logits is not None:
-            self.logits = logits[None]
+        self.buffers = SkinnyBuffers.allocate(
+            model,
+            rows,
+            self.tuning,
+            scratch or Scratch(weight.device),
+            processors=self.processors,
+            inside=self.inside,
+            hopper=self.hopper,
+        )
+        if logits is None:
+            logits = weight.new_empty(rows, model.lm_head.weight.shape[0])
+        self.logits = logits[None]
 
     @staticmethod
-    def fits(config: ModelConfig, rows: int, device: torch.device | str) -> bool:
-        """Whether the kernels can run this model with this many rows on ``device``."""
-        return SkinnyForward.why_not(config, rows, device) is None
+    def fits(
+        config: ModelConfig,
+        rows: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> bool:
+        """Whether the kernels can run this model with this many rows on ``device``.
+
+        dtype: of its weights.
+        """
+        return SkinnyForward.why_not(config, rows, device, dtype) is None
 
     @staticmethod
-    def why_not(config: ModelConfig, rows: int, device: torch.device | str) -> str | None:
+    def why_not(
+        config: ModelConfig,
+        rows: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> str | None:
         """What stands against it, with a remedy; None if nothing does."""
-        if not 1 <= rows <= MOST_ROWS:
-            return f"rows={rows} must be 1 to {MOST_ROWS}; run larger batches through the model"
-        if not triton_runs_on(torch.device(device)):
+        device = torch.device(device)
+        hopper = runs_on_hopper(device, dtype, config.head_size)
+        most = MOST_ROWS_ON_HOPPER if hopper else MOST_ROWS
+        if not 1 <= rows <= most:
+            return f"rows={rows} must be 1 to {most}; run larger batches through the model"
+        if not triton_runs_on(device):
             return f"device={device}: these kernels need Triton and a GPU of Ampere or later"
         if config.head_size not in HEAD_SIZES:
             return f"head_size={config.head_size} is not one of {HEAD_SIZES}; use the model itself"
@@ -138,6 +175,7 @@ class SkinnyForward:
         slot_mapping: torch.Tensor,
         block_tables: torch.Tensor,
         context: torch.Tensor,
+        attend: AttendStored | None = None,
     ) -> torch.Tensor:
         """Run one new token of each of P sequences.
 
@@ -148,6 +186,8 @@ class SkinnyForward:
             block_tables: [P, M] int32; entries past a sequence's last block are not read.
             context: [P] int32 tokens of each sequence, the newest included; 0 for a padded row,
                 whose logits mean nothing.
+            attend: attention over keys and values that are in their slots, instead of the one
+                for a handful of rows; see ``fused_forward.py``.
 
         Returns:
             logits [P, V] in the model's dtype, in the same memory at every call.
@@ -159,54 +199,65 @@ class SkinnyForward:
 
         tables = StepTables(positions, slot_mapping, block_tables, context)
         self._check(input_ids, tables)
-        run = self._one_row if self.rows == 1 else self._more_rows
-        return run(Stream(self.model.model.embed_tokens.weight, input_ids), tables)
+        stream = Stream(self.model.model.embed_tokens.weight, input_ids)
+        if self.rows == 1:
+            return self._one_row(stream, tables)
+        return self._more_rows(stream, tables, attend)
 
     # ------------------------------------------------------------------ the chain
 
     def _one_row(self, stream: Stream, tables: StepTables) -> torch.Tensor:
+        buffers = self.buffers
         for index, layer in enumerate(self.model.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             qkv, o = attention.qkv_proj.weight, attention.o_proj.weight
             gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
-            total = self._gemv_norm(layer.input_layernorm, stream, qkv, self.qkv)
+            total = self._gemv_norm(layer.input_layernorm, stream, qkv, buffers.qkv)
             self._attend(index, attention, tables)
-            self._gemv_merge(o, self.o_parts, tables)
-            stream = self._stream(stream, total, self.o_parts)
+            self._gemv_merge(o, buffers.o_parts, tables)
+            stream = self._stream(stream, total, buffers.o_parts)
             norm = layer.post_attention_layernorm
-            total = self._gemv_norm(norm, stream, gate_up, self.act, silu=True)
-            self._gemv(down, self.act[0], self.down_parts)
-            stream = self._stream(stream, total, self.down_parts)
+            total = self._gemv_norm(norm, stream, gate_up, buffers.act, silu=True)
+            self._gemv(down, buffers.act[0], buffers.down_parts)
+            stream = self._stream(stream, total, buffers.down_parts)
         self._gemv_norm(self.model.model.norm, stream, self.model.lm_head.weight, self.logits)
         return self.logits[0]
 
-    def _more_rows(self, stream: Stream, tables: StepTables) -> torch.Tensor:
+    def _more_rows(
+        self, stream: Stream, tables: StepTables, attend: AttendStored | None
+    ) -> torch.Tensor:
+        buffers = self.buffers
         tuning = self.tuning
         for index, layer in enumerate(self.model.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             qkv, o = attention.qkv_proj.weight, attention.o_proj.weight
             gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
             total = self._sum_and_norm(layer.input_layernorm, stream)
-            self._product(qkv, self.normed, self.qkv)
-            self._attend(index, attention, tables)
-            self._product(o, self._merged(tables), self.o_parts)
-            stream = self._stream(stream, total, self.o_parts)
+            self._product(qkv, buffers.normed, buffers.qkv)
+            if attend is None:
+                self._attend(index, attention, tables)
+                attended = self._merged(tables)
+            else:
+                q = self._queries(index, attention, tables)
+                attended = attend(index, q).flatten(1)
+            self._product(o, attended, buffers.o_parts)
+            stream = self._stream(stream, total, buffers.o_parts)
             total = self._sum_and_norm(layer.post_attention_layernorm, stream)
             self._product(
                 gate_up,
-                self.normed,
-                self.act,
+                buffers.normed,
+                buffers.act,
                 silu=True,
                 block_n=tuning.gate_up_block_n,
             )
-            self._product(down, self.act[0], self.down_parts)
-            stream = self._stream(stream, total, self.down_parts)
+            self._product(down, buffers.act[0], buffers.down_parts)
+            stream = self._stream(stream, total, buffers.down_parts)
         self._sum_and_norm(self.model.model.norm, stream)
         head = self.model.lm_head.weight
         if tuning.head_block_n:
-            self._product(head, self.normed, self.logits, block_n=tuning.head_block_n)
+            self._product(head, buffers.normed, self.logits, block_n=tuning.head_block_n)
         else:
-            torch.mm(self.normed, head.T, out=self.logits[0])
+            torch.mm(buffers.normed, head.T, out=self.logits[0])
         return self.logits[0]
 
     # ------------------------------------------------------------------ its links
@@ -227,15 +278,15 @@ class SkinnyForward:
             self._gemv(weight, stream, out, first=first, **into, **options)
         else:
             total = self._sum_and_norm(norm, stream)
-            self._gemv(weight, self.normed, out, **options)
+            self._gemv(weight, self.buffers.normed, out, **options)
         return total
 
     def _gemv_merge(self, weight: torch.Tensor, out: torch.Tensor, tables: StepTables) -> None:
         """out = weight @ what attention gave."""
         if self.inside:
             split = self.tuning.attention_split
-            splits = {"lse": self.lse, "context": tables.context, "min_split": split}
-            self._gemv(weight, self.splits, out, **splits)
+            splits = {"lse": self.buffers.lse, "context": tables.context, "min_split": split}
+            self._gemv(weight, self.buffers.splits, out, **splits)
         else:
             self._gemv(weight, self._merged(tables), out)
 
@@ -268,7 +319,9 @@ class SkinnyForward:
 
         total = self._other_total(stream)
         dependent = self.dependent and stream.parts is not None  # as above
-        sum_and_norm(stream, norm.weight, total, self.normed, eps=norm.eps, dependent=dependent)
+        sum_and_norm(
+            stream, norm.weight, total, self.buffers.normed, eps=norm.eps, dependent=dependent
+        )
         return total
 
     def _product(
@@ -283,6 +336,21 @@ class SkinnyForward:
         from minivllm.engine.skinny_kernels import skinny_product
 
         tuning = self.tuning
+        if self.hopper:
+            from minivllm.engine.skinny_hopper_kernels import hopper_product
+
+            hopper_product(
+                weight,
+                x,
+                out,
+                silu=silu,
+                chunk=tuning.hopper_chunk,
+                stages=tuning.hopper_stages,
+                processors=self.processors,
+                together=tuning.hopper_programs,
+                dependent=self.dependent,
+            )
+            return
         skinny_product(
             weight,
             x,
@@ -301,7 +369,7 @@ class SkinnyForward:
         q_norm = getattr(attention, "q_norm", None)
         k_norm = getattr(attention, "k_norm", None)
         skinny_attention(
-            self.qkv,
+            self.buffers.qkv,
             None if q_norm is None else q_norm.weight,
             None if k_norm is None else k_norm.weight,
             self.model.model.rotary.table,
@@ -311,8 +379,8 @@ class SkinnyForward:
             tables.context,
             self.cache.k[layer],
             self.cache.v[layer],
-            self.splits,
-            self.lse,
+            self.buffers.splits,
+            self.buffers.lse,
             eps=0.0 if q_norm is None else q_norm.eps,
             tile=self.tuning.attention_tile,
             min_split=self.tuning.attention_split,
@@ -322,21 +390,45 @@ class SkinnyForward:
             dependent=self.dependent,
         )
 
+    def _queries(self, layer: int, attention: Qwen3Attention, tables: StepTables) -> torch.Tensor:
+        """Queries [P, H, D] from the projection; K and V go to the cache."""
+        from minivllm.engine.fused_heads_kernels import qk_norm_rope_store
+
+        q_norm = getattr(attention, "q_norm", None)
+        k_norm = getattr(attention, "k_norm", None)
+        qkv = attention.qkv_proj
+        return qk_norm_rope_store(
+            self.buffers.qkv,
+            None if q_norm is None else q_norm.weight,
+            None if k_norm is None else k_norm.weight,
+            0.0 if q_norm is None else q_norm.eps,
+            self.model.model.rotary.table,
+            tables.positions,
+            tables.slot_mapping,
+            self.cache.k[layer],
+            self.cache.v[layer],
+            num_heads=qkv.num_heads,
+            num_kv_heads=qkv.num_kv_heads,
+            head_size=qkv.head_size,
+            pdl=self.dependent,
+        )
+
     def _merged(self, tables: StepTables) -> torch.Tensor:
         """What attention gave, [P, H * D]."""
         from minivllm.engine.skinny_split_kernels import merge_splits
 
-        if self.direct:
-            return self.splits[0].flatten(1)
+        buffers = self.buffers
+        if buffers.direct:
+            return buffers.splits[0].flatten(1)
         merge_splits(
-            self.splits,
-            self.lse,
+            buffers.splits,
+            buffers.lse,
             tables.context,
-            self.attended,
+            buffers.attended,
             min_split=self.tuning.attention_split,
             dependent=self.dependent,
         )
-        return self.attended.flatten(1)
+        return buffers.attended.flatten(1)
 
     def _stream(self, stream: Stream, total: torch.Tensor, parts: torch.Tensor) -> Stream:
         """The residual stream ``total``, to which ``parts`` [parts, P, E] will be added."""
@@ -348,49 +440,7 @@ class SkinnyForward:
 
     def _other_total(self, stream: Stream) -> torch.Tensor:
         # Programs of a kernel read the old sum while one of them writes the new.
-        return self.totals[0 if stream.total is self.totals[1] else 1]
-
-    # ------------------------------------------------------------------ buffers
-
-    def _make_buffers(self, weight: torch.Tensor) -> None:
-        from minivllm.engine.skinny_split_kernels import splits_for
-
-        rows, device, dtype = self.rows, weight.device, weight.dtype
-        layer = self.model.model.layers[0]
-        qkv, size = layer.self_attn.qkv_proj, weight.shape[1]
-        heads, head_size = qkv.num_heads, qkv.head_size
-        mlp_size = layer.mlp.down_proj.in_features
-
-        def wide(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-
-        def narrow(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        programs = self.tuning.attention_waves * self.processors
-        splits = splits_for(rows, qkv.num_kv_heads, programs)
-        tuning, parts, processors = self.tuning, self.tuning.parts, self.processors
-        qkv_parts, o_parts, down_parts = tuning.qkv_parts, tuning.o_parts, tuning.down_parts
-        if rows == 1:
-            qkv_parts = 1  # the norm of a single row needs all of it
-        if self.inside:
-            # A program of o merges the splits of its part's heads only: with 4,096 tokens of
-            # context a step of the 0.6B model took 0.76 ms in 4 parts and 0.93 in one.
-            o_parts = o_parts or (4 if heads % 4 == 0 else 0)
-        qkv_parts = qkv_parts or parts(rows, qkv.out_features, size, 16, processors)
-        o_parts = o_parts or parts(rows, size, heads * head_size, head_size, processors)
-        down_parts = down_parts or parts(rows, size, mlp_size, 16, processors)
-        self.totals = [wide(rows, size) for _ in range(2)]
-        self.normed = narrow(rows, size)
-        self.qkv = wide(qkv_parts, rows, qkv.out_features)
-        self.direct = splits == 1 and not self.inside
-        self.splits = (narrow if self.direct else wide)(splits, rows, heads, head_size)
-        self.lse = wide(splits, rows, heads)
-        self.attended = narrow(rows, heads, head_size)
-        self.o_parts = wide(o_parts, rows, size)
-        self.act = narrow(1, rows, mlp_size)
-        self.down_parts = wide(down_parts, rows, size)
-        self.logits = narrow(1, rows, self.model.lm_head.weight.shape[0])
+        return self.buffers.totals[0 if stream.total is self.buffers.totals[1] else 1]
 
     def _check(self, input_ids: torch.Tensor, tables: StepTables) -> None:
         named = {"input_ids": input_ids, **vars(tables)}
@@ -406,7 +456,7 @@ class SkinnyForward:
                     f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; give "
                     "[P, M] for block_tables and [P] for the others, without gaps"
                 )
-            if tensor.device != self.qkv.device:
+            if tensor.device != self.logits.device:
                 raise ValueError(
-                    f"{name} is on {tensor.device} but the model on {self.qkv.device}; move it"
+                    f"{name} is on {tensor.device} but the model on {self.logits.device}; move it"
                 )

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from minivllm.attention.flash_hopper import runs_on_hopper
 from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.engine import device_rows
 from minivllm.engine.device_rows import DeviceRows, StepInputs
+from minivllm.engine.fused_forward import AttendStored
+from minivllm.engine.skinny_buffers import Scratch
 from minivllm.engine.skinny_forward import SkinnyForward
 from minivllm.layers.sampler import Sampler, SamplingTensors
 from minivllm.models.config import ModelConfig
@@ -23,15 +26,19 @@ if TYPE_CHECKING:
 Draw = StepInputs | SamplingTensors
 
 
-def skinny_places(config: ModelConfig) -> int:
+def skinny_places(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Up to how many places a decode step runs as a chain of our own kernels (``skinny_forward``).
 
     Reading weights takes nearly all of such a step. With narrow layers a kernel is over so soon
-    that the gaps between kernels count, and our chain has none; with wide ones cuBLAS reads faster
-    than ours from the second row on. ``benchmarks/skinny.py`` measures the chain; where between
-    1024 wide (the shapes of 0.6B) and 4096 (8B) it turns has not been measured.
+    that the gaps between kernels count, and our chain has none. With wide ones our products read as
+    fast as cuBLAS up to 32 rows on Hopper, elsewhere for one row. ``benchmarks/skinny.py`` and
+    ``forward.py`` measure the chain; where between 1024 wide (the shapes of 0.6B) and 4096 (8B) it
+    turns has not been measured.
     """
-    return 32 if config.hidden_size <= 1536 else 1
+    narrow = config.hidden_size <= 1536
+    if runs_on_hopper(device, dtype, config.head_size):
+        return 128 if narrow else 32
+    return 32 if narrow else 1
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ def choose_forms(model: nn.Module, device: torch.device) -> StepForms:
     pdl = torch.cuda.get_device_capability(device) >= (9, 0)
     fused = (FoldedForward if can_fold(model) else FusedForward)(model, pdl=pdl)
     skinny: dict[int, SkinnyForward] = {}
+    scratch = Scratch(device)
 
     def forward(runner: ModelRunner, batch: PagedBatch, cache: PagedKVCache) -> torch.Tensor:
         attend = partial(runner.bind_attention(cache, batch, runner.scale).attend_stored, pdl=pdl)
@@ -80,17 +88,13 @@ def choose_forms(model: nn.Module, device: torch.device) -> StepForms:
 
     def decode(runner: ModelRunner, inputs: StepInputs, logits: torch.Tensor) -> None:
         places = len(logits)
-        few = places <= skinny_places(model.config)
-        if few and SkinnyForward.fits(model.config, places, device):
+        few = places <= skinny_places(model.config, logits.dtype, device)
+        if few and SkinnyForward.fits(model.config, places, device, logits.dtype):
             if places not in skinny:
-                skinny[places] = SkinnyForward(model, runner.cache, places, logits=logits)
-            skinny[places](
-                inputs.input_ids,
-                inputs.positions,
-                inputs.slot_mapping,
-                inputs.block_tables,
-                inputs.context,
-            )
+                skinny[places] = SkinnyForward(
+                    model, runner.cache, places, logits=logits, scratch=scratch
+                )
+            run_chain(skinny[places], runner, inputs)
         else:
             hidden = forward(runner, decode_batch(inputs), runner.cache)
             _head_in_place(model, hidden, logits)
@@ -106,6 +110,22 @@ def choose_forms(model: nn.Module, device: torch.device) -> StepForms:
         decode=decode,
         head=_head_in_place,
         sample=sample,
+    )
+
+
+def run_chain(chain: SkinnyForward, runner: ModelRunner, inputs: StepInputs) -> None:
+    """A decode step by ``chain``, into its logits."""
+    attend: AttendStored | None = None
+    if not chain.tuning.own_attention:
+        bound = runner.bind_attention(runner.cache, decode_batch(inputs), runner.scale)
+        attend = partial(bound.attend_stored, pdl=chain.dependent)
+    chain(
+        inputs.input_ids,
+        inputs.positions,
+        inputs.slot_mapping,
+        inputs.block_tables,
+        inputs.context,
+        attend=attend,
     )
 
 
