@@ -155,6 +155,35 @@ def test_sum_and_norm(dtype, parts):
     assert_close(out, rms_norm(expected.double(), gain.double(), 1e-3), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("parts", "blocks"), [(0, 1), (2, 3), (1, 1)])
+def test_sum_and_gain_leaves_the_division_to_the_product(dtype, parts, blocks):
+    """The norm is whole once the squares are divided out, here by the product of one row."""
+    size = 48
+    gain = normal(size, dtype=dtype)
+    ids = torch.tensor([2, 0, 6], device=DEVICE)
+    if parts:
+        stream = Stream(normal(3, size), ids, normal(parts, 3, size))
+        expected = stream.total + stream.parts.sum(dim=0)
+    else:
+        stream = Stream(normal(7, size, dtype=dtype), ids)
+        expected = stream.total[ids].float()
+    total, out = poisoned(3, size), poisoned(3, size, dtype=dtype)
+    squares = poisoned(blocks, 3)
+    skinny_kernels.sum_and_gain(stream, gain, total, out, squares)
+    assert_close(total, expected, torch.float32)
+    assert_close(out, expected * gain, dtype)
+    assert_close(squares.sum(dim=0), expected.square().sum(dim=1), torch.float32)
+    weight = normal(10, size, dtype=dtype)
+    for row in range(3):
+        product = poisoned(1, 1, 10)
+        skinny_gemv_kernels.gemv(
+            weight, out[row : row + 1], product, squares=squares[:, row].contiguous(), eps=1e-3
+        )
+        normed = rms_norm(expected[row : row + 1].double(), gain.double(), 1e-3)
+        assert_close(product[0], normed @ weight.double().T, dtype)
+
+
 # ------------------------------------------------------------------ attention
 
 
@@ -350,9 +379,9 @@ def test_a_step_gives_the_models_logits(model_class, lengths, norm_inside):
     """Two calls, for buffers are used again; the row of length 0 is padding."""
     model = make_model(model_class, TINY, torch.float32)
     step = Step(TINY, lengths, torch.float32)
-    tuning = replace(SMALL_TILES, norm_inside=norm_inside)
+    tuning = replace(SMALL_TILES, norm_inside=norm_inside, merge_inside=norm_inside)
     forward = SkinnyForward(model, step.cache, len(lengths), tuning=tuning)
-    assert forward.inside == (len(lengths) == 1 and norm_inside > 0)
+    assert forward.norm_inside == forward.merge_inside == (len(lengths) == 1 and norm_inside > 0)
     real = [i for i, length in enumerate(lengths) if length]
     expected, cache = step.by_model(model, torch.float32)
     logits = step.by_kernels(forward)
@@ -458,7 +487,8 @@ def test_a_step_at_real_sizes_in_a_graph(rows, norm_inside, dependent):
     step = Step(LAYERS, lengths, torch.bfloat16, block_size=64)
     exact, _ = step.by_model(wide, torch.float32)
     plain, _ = step.by_model(model, torch.bfloat16)
-    tuning = replace(SkinnyTuning.for_rows(rows), dependent=dependent, norm_inside=norm_inside)
+    inside = {"norm_inside": norm_inside, "merge_inside": norm_inside}
+    tuning = replace(SkinnyTuning.for_rows(rows), dependent=dependent, **inside)
     forward = SkinnyForward(model, step.cache, rows, tuning=tuning)
     step.by_kernels(forward)
     torch.cuda.synchronize()

@@ -40,16 +40,18 @@ class Rank:
 class Host:
     """All ranks of a host, and the memory that they share."""
 
-    def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, size: int, dtype: torch.dtype = torch.float32, *, width: int = WIDTH
+    ) -> None:
         self.stop = torch.ones(1, dtype=torch.int32, pin_memory=DEVICE.type == "cuda")
         self.ranks = [
             OneShot(
                 Rank(rank, size),
                 stop=self.stop,
-                width=WIDTH,
+                width=width,
                 dtype=dtype,
                 most_rows=MOST_ROWS,
-                most_parts=300,
+                most_parts=2,
                 most_sampled=40,
                 device=DEVICE,
             )
@@ -150,17 +152,56 @@ def test_a_token_is_embedded_by_the_rank_that_owns_it() -> None:
             torch.testing.assert_close(normed, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("parts", "rows"), [(1, 1), (3, 1), (2, 5)])
-def test_parts_are_summed_over_the_ranks_too(parts: int, rows: int) -> None:
-    host = Host(4)
-    for step in range(2):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("parts", "rows"), [(1, 1), (3, 1), (2, 2)])
+def test_parts_come_with_residual_and_gain(parts: int, rows: int, dtype: torch.dtype) -> None:
+    """Sums of one row and of more take turns, and do not read each other's words."""
+    width = 1024
+    host = Host(3, dtype, width=width)
+    gain = random(width, dtype=dtype, seed=1)
+    for step, count in enumerate((rows, 3 - rows, rows)):
+        residual = random(count, width, dtype=torch.float32, seed=90 + step)
         every = [
-            random(parts, rows, WIDTH, dtype=torch.float32, seed=5 * step + r) for r in range(4)
+            random(parts, count, width, dtype=torch.float32, seed=5 * step + r) for r in range(3)
         ]
-        for out in host.together(lambda shot, every=every: shot.sum_parts(every[shot.group.rank])):
-            assert out.shape == (1, rows, WIDTH)
-            expected = sum_of([x.double().sum(dim=0) for x in every])[None].float()
-            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+        def call(shot: OneShot, every: Any = every, residual: Any = residual) -> Any:
+            total = torch.full_like(residual, float("nan"))
+            out = torch.full_like(residual, float("nan"), dtype=dtype)
+            mine = every[shot.group.rank]
+            squares = shot.add_gain_of_parts(mine, residual, gain, total, out)
+            return total, out, squares
+
+        results = host.together(call)
+        expected = residual + sum_of([x.double().sum(dim=0) for x in every]).float()
+        close = {torch.float32: 1e-5, torch.float16: 4e-3}[dtype]
+        for total, out, squares in results:
+            assert torch.equal(total, results[0][0]), "ranks must not differ by a bit"
+            torch.testing.assert_close(total, expected, rtol=close, atol=close)
+            assert torch.equal(out, (total * gain).to(dtype))
+            torch.testing.assert_close(squares.sum(dim=0), total.square().sum(dim=1))
+
+
+def test_the_norm_of_parts_is_made_at_once() -> None:
+    host = Host(2, torch.float16)
+    norm = layernorm.RMSNorm(WIDTH, 1e-5, dtype=torch.float16, device=DEVICE)
+    with torch.no_grad():
+        norm.weight.copy_(random(WIDTH, dtype=torch.float16, seed=1))
+    residual = random(2, WIDTH, dtype=torch.float32, seed=9)
+    every = [random(3, 2, WIDTH, dtype=torch.float32, seed=2 + r) for r in range(2)]
+
+    def call(shot: OneShot) -> tuple[torch.Tensor, torch.Tensor]:
+        total, out = torch.empty_like(residual), torch.empty_like(residual, dtype=torch.float16)
+        shot.add_norm_of_parts(every[shot.group.rank], residual, norm, total, out)
+        return total, out
+
+    results = host.together(call)
+    expected = residual + sum_of([x.double().sum(dim=0) for x in every]).float()
+    for total, out in results:
+        assert torch.equal(total, results[0][0]) and torch.equal(out, results[0][1])
+        torch.testing.assert_close(total, expected, rtol=4e-3, atol=4e-3)
+        normed = layernorm.rms_norm(expected, norm.weight.detach().float(), norm.eps)
+        torch.testing.assert_close(out.float(), normed, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -240,7 +281,10 @@ def test_large_sums_go_the_long_way() -> None:
     with pytest.raises(AssertionError, match="goes the short way"):
         shot.add_norm(x, x, norm)
     with pytest.raises(AssertionError, match="goes the short way"):
-        shot.sum_parts(torch.ones(1, 7, WIDTH, device=DEVICE))
+        rows = x.repeat(2, 1)
+        shot.add_norm_of_parts(rows[None], rows, norm, rows, rows)
+    with pytest.raises(AssertionError, match="goes the short way"):
+        shot.add_gain_of_parts(rows[None], rows, norm.weight, rows, rows)
     assert isinstance(shot, Exchange)
 
 

@@ -9,10 +9,10 @@ float64; and a graph is replayed thousands of times while the ranks are held up 
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import multiprocessing
 
 from minivllm.benchmarks.harness import format_table
 from minivllm.benchmarks.report import machine_facts, write_report
+from minivllm.cli_flags import Parser, positive, positive_number
 from minivllm.distributed.exchange import Exchange
 from minivllm.distributed.group import TorchGroup
 from minivllm.distributed.one_shot import OneShot
@@ -32,12 +33,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def main() -> None:
     """Check and measure on each number of ranks."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
-    parser.add_argument("--width", type=int, default=4096, help="numbers a token (4096)")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 128, 256])
-    parser.add_argument("--replays", type=int, default=3000, help="under random delays (3000)")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for each (120)")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[2])
+    parser.add_argument("--width", type=positive, default=4096, help="numbers a token (4096)")
+    parser.add_argument("--rows", type=positive, nargs="+", default=[1, 4, 8, 16, 32, 64, 128, 256])
+    parser.add_argument("--replays", type=positive, default=3000, help="under random delays (3000)")
+    parser.add_argument(
+        "--limit", type=positive_number, default=120.0, help="seconds for each (120)"
+    )
     parser.add_argument("--output", help="write a JSON report here")
     given = parser.parse_args()
     sizes = {}
@@ -81,7 +84,6 @@ def print_table(size: int, facts: dict[str, Any]) -> None:
     ]
     print(f"{size} ranks, {machine_facts()['device']}, {facts['width']} wide, microseconds a sum")
     print(format_table(["tokens", *names], rows))
-    print("one token in float32:", {name: round(us, 2) for name, us in facts["parts_us"].items()})
     print("checked:", facts["checked"], flush=True)
 
 
@@ -132,13 +134,14 @@ def _check(
         width=width,
         dtype=dtype,
         most_rows=64,
-        most_parts=4 * width,
+        most_parts=4,
         most_sampled=64,
     )
     norm = RMSNorm(width, 1e-6, dtype=dtype, device=device)
     norm.requires_grad_(False).weight.normal_()
     plain = Exchange(group, pdl=True)
     worst = apart = 0.0
+    close = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
     for step in range(40):
         rows = (1, 2, 7, 32, 64)[step % 5]
         x = torch.randn(rows, width, device=device).to(dtype)
@@ -153,10 +156,15 @@ def _check(
         first, second = one_shot.add_norm(x, residual, norm), plain.add_norm(x, residual, norm)
         for mine, other in zip(first, second, strict=True):
             apart = max(apart, float((mine - other).norm() / other.norm()))
-        parts = torch.randn(3, 1, width, device=device)
-        summed = one_shot.sum_parts(parts)[0]
-        expected = group.all_gather(parts).double().sum(dim=(0, 1))
-        assert float((summed - expected).norm() / expected.norm()) < 1e-6
+        few = (1, 3)[step % 2]
+        parts = torch.randn(3, few, width, device=device)
+        base = group.all_gather(torch.randn(few, width, device=device))[0].contiguous()
+        summed, scaled = torch.empty_like(base), torch.empty_like(base, dtype=dtype)
+        squares = one_shot.add_gain_of_parts(parts, base, norm.weight, summed, scaled)
+        expected = group.all_gather(parts).double().sum(dim=(0, 1)) + base
+        assert float((summed - expected).norm() / expected.norm()) < close
+        assert torch.equal(scaled, (summed * norm.weight).to(dtype))
+        assert torch.allclose(squares.sum(dim=0), summed.square().sum(dim=1), rtol=1e-5)
         score = torch.randn(33, device=device).round(decimals=1)
         token = torch.randint(1000 * rank, 1000 * rank + 900, (33,), device=device)
         best = torch.empty_like(token)
@@ -164,7 +172,6 @@ def _check(
         scores, tokens = group.all_gather(score), group.all_gather(token)
         wins = torch.where(scores == scores.amax(dim=0), tokens, 1 << 40).amin(dim=0)
         assert torch.equal(best, wins)
-    close = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
     assert worst < close, f"{dtype}: {worst} from the sum in float64"
     wrong = _replay_under_delays(group, one_shot, dtype, width, replays)
     assert wrong == 0, f"{wrong} wrong sums under delays"
@@ -201,8 +208,11 @@ def _replay_under_delays(
             x = (base * factor).to(dtype)
             _, total = one_shot.add_norm(x, zero, norm)
             wrong.add_((total != (exact * factor).to(dtype)).any())
-            parts = (base[:1] * factor).float()[None]
-            wrong.add_((one_shot.sum_parts(parts)[0] != exact[:1] * factor).any())
+            few = min(len(base), 4)
+            parts = (base[:few] * factor).float()[None]
+            total, scaled = torch.empty_like(parts[0]), torch.empty_like(x[:few])
+            one_shot.add_gain_of_parts(parts, zero[:few].float(), norm.weight, total, scaled)
+            wrong.add_((total != exact[:few] * factor).any())
 
     work()
     torch.cuda.synchronize()
@@ -233,11 +243,10 @@ def _measure(group: TorchGroup, store: dist.Store, width: int, rows: list[int]) 
             group,
             dist.PrefixStore(f"{warps}", store),
             **sizes,
-            most_parts=width,
+            most_parts=max(rows),
             row_warps=warps,
-            part_warps=part_warps,
         )
-        for warps, part_warps in ((16, 1), (8, 2), (4, 4))
+        for warps in (16, 8, 4)
     }
     us: dict[str, list[Any]] = {"rows": rows}
     for count in rows:
@@ -253,20 +262,21 @@ def _measure(group: TorchGroup, store: dist.Store, width: int, rows: list[int]) 
                 for warps, shot in shots.items()
             },
             "one-shot sum": lambda total, x=x: (shots[16].sum_rows(x), total)[1],
+            "one-shot parts, gain": partial(_add_gain, shots[16], x.float()[None], norm.weight),
         }
         for name, call in kinds.items():
             us.setdefault(name, []).append(_time(group, call, torch.zeros_like(x)))
-    parts = torch.randn(2, 1, width, device=device)
-    parts_us = {
-        "nccl": _time(group, lambda _: group.all_reduce(parts[:1]), parts),
-        **{
-            f"one-shot, {warps} warps": _time(group, lambda _, s=shot: s.sum_parts(parts), parts)
-            for warps, shot in zip((1, 2, 4), shots.values(), strict=True)
-        },
-    }
     for shot in shots.values():
         shot.close()
-    return {"us": us, "parts_us": parts_us}
+    return {"us": us}
+
+
+def _add_gain(
+    one_shot: OneShot, parts: torch.Tensor, gain: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    summed = torch.empty_like(parts[0])
+    one_shot.add_gain_of_parts(parts, parts[0], gain, summed, torch.empty_like(total))
+    return total
 
 
 def _time(

@@ -47,6 +47,41 @@ class Exchange:
         total = self.group.all_reduce(x)
         return self._kernels.add_rms_norm(total, residual, norm.weight, norm.eps, pdl=self.pdl)
 
+    def add_norm_of_parts(
+        self,
+        parts: torch.Tensor,
+        residual: torch.Tensor,
+        norm: RMSNorm,
+        total: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """total float32 [P, E] = residual [P, E] + the sum of parts; out [P, E] = norm(total).
+
+        parts: float32 [parts, P, E] of every rank.
+        """
+        from minivllm.engine.skinny_gemv_kernels import Stream
+        from minivllm.engine.skinny_kernels import sum_and_norm
+
+        stream = Stream(residual, None, self.sum_parts(parts))
+        sum_and_norm(stream, norm.weight, total, out, eps=norm.eps, dependent=self.pdl)
+
+    def add_gain_of_parts(
+        self,
+        parts: torch.Tensor,
+        residual: torch.Tensor,
+        gain: torch.Tensor,
+        total: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """The norm but for its division: total float32 [P, E] = residual [P, E] + the sum of parts.
+
+        parts: float32 [parts, P, E] of every rank; gain: [E]. out: [P, E], becomes total * gain.
+        Returns float32 [n, P], which add up to the sum of the squares of each row of total.
+        """
+        torch.add(residual, self.sum_parts(parts).sum(dim=0), out=total)
+        out.copy_(total * gain)
+        return total.square().sum(dim=1)[None]
+
     def embed(
         self, embedding: VocabularyParallelEmbedding, ids: torch.Tensor, norm: RMSNorm | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

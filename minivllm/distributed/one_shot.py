@@ -27,8 +27,10 @@ from minivllm.layers.layernorm import RMSNorm
 # Up to how many bytes of x a sum is faster than NCCL's and the norm behind it, by ranks: measured
 # with ``benchmarks/exchange.py`` on 2 and 4 H200s; for 8, half of what 4 can have.
 MOST_BYTES = {2: 1 << 21, 4: 1 << 19, 8: 1 << 18}
-# Numbers of float32 that one warp of ``sum_parts`` takes, and rows that one of ``best`` takes.
-PARTS_A_WARP = 128
+# Numbers of a row that a program of ``sum_parts_kernel`` takes, and its warps: where there is one
+# row, all is latency, and where there are more, their programs should not be too many.
+PARTS_A_PROGRAM = {"one row": (128, 1), "parts": (512, 2)}
+# Rows that a program of ``best`` takes.
 ROW_BLOCK = 32
 
 
@@ -60,11 +62,10 @@ class OneShot(Exchange):
         group: the ranks.
         stop: int32 [1] of the host's memory; kernels stop waiting once it is not zero.
         width: E. dtype: of activations.
-        most_rows: the most tokens T of a sum. most_parts: the most numbers P * E of
-            :meth:`sum_parts`. most_sampled: the most rows of :meth:`best`.
+        most_rows: the most tokens T of a sum. most_parts: the most rows P of
+            :meth:`add_gain_of_parts`. most_sampled: the most rows of :meth:`best`.
         device: this rank's.
-        part_warps: of a program of :meth:`sum_parts`. row_warps: of one of :meth:`add_norm` and
-            :meth:`embed`; by width when 0.
+        row_warps: of a program of :meth:`add_norm` and :meth:`embed`; by width when 0.
     """
 
     name = "one-shot"
@@ -81,7 +82,6 @@ class OneShot(Exchange):
         most_sampled: int,
         device: torch.device,
         pdl: bool = False,
-        part_warps: int = 1,
         row_warps: int = 0,
     ) -> None:
         super().__init__(group, pdl=pdl)
@@ -92,14 +92,16 @@ class OneShot(Exchange):
         self.most_rows, self.most_parts, self.most_sampled = most_rows, most_parts, most_sampled
         self._row_block = 1 << (width - 1).bit_length()
         self._row_warps = row_warps or min(max(self._row_block // 256, 1), 16)
-        self._part_block, self._part_warps = part_warps * PARTS_A_WARP, part_warps
         self._stop = stop
         self._memory: SharedMemory | None = None
         self._channels: dict[str, Channel] = {}
         offset = 0
         for name, programs, slot, word_bytes in (
             ("rows", most_rows, most_rows * width, 2 * dtype.itemsize),
-            ("parts", -(-most_parts // self._part_block), most_parts, 8),
+            *(
+                (name, rows * width // PARTS_A_PROGRAM[name][0], rows * width, 2 * dtype.itemsize)
+                for name, rows in (("one row", 1), ("parts", most_parts))
+            ),
             ("best", -(-most_sampled // ROW_BLOCK), 2 * most_sampled, 8),
         ):
             channel = Channel(programs, slot, word_bytes, offset, group.size)
@@ -134,6 +136,20 @@ class OneShot(Exchange):
             return super().add_norm(x, residual, norm)
         return self._sum_rows(x, residual=residual, norm=norm)
 
+    def add_norm_of_parts(
+        self,
+        parts: torch.Tensor,
+        residual: torch.Tensor,
+        norm: RMSNorm,
+        total: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """See :class:`Exchange`; what a rank adds is rounded once, to the dtype of ``out``."""
+        if len(out) > self.most_rows:
+            super().add_norm_of_parts(parts, residual, norm, total, out)
+        else:
+            self._sum_rows(parts, residual=residual, norm=norm, total=total, out=out)
+
     def embed(
         self, embedding: VocabularyParallelEmbedding, ids: torch.Tensor, norm: RMSNorm | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,28 +162,45 @@ class OneShot(Exchange):
         """x [T, E] of every rank, T up to ``most_rows`` -> their sum in new memory."""
         return self._sum_rows(x)[1]
 
-    def sum_parts(self, parts: torch.Tensor) -> torch.Tensor:
-        """See :class:`Exchange`; one part is left."""
-        numel = parts[0].numel()
-        if numel > self.most_parts:
-            return super().sum_parts(parts)
-        out = torch.empty_like(parts[:1])
-        channel = self._channels["parts"]
-        self._one_shot.sum_parts_kernel[(-(-numel // self._part_block),)](
+    def add_gain_of_parts(
+        self,
+        parts: torch.Tensor,
+        residual: torch.Tensor,
+        gain: torch.Tensor,
+        total: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """See :class:`Exchange`; what a rank adds is rounded once, to the dtype of ``out``."""
+        rows = len(out)
+        # Their programs take different numbers, so they must not use each other's places.
+        name = "one row" if rows == 1 else "parts"
+        block, warps = PARTS_A_PROGRAM[name]
+        if rows > self.most_parts or self.width % block:
+            return super().add_gain_of_parts(parts, residual, gain, total, out)
+        blocks = self.width // block
+        squares = torch.empty(blocks, rows, dtype=torch.float32, device=self.device)
+        channel = self._channels[name]
+        self._one_shot.sum_parts_kernel[(rows * blocks,)](
             parts,
+            residual,
+            gain,
+            total,
             out,
+            squares,
             *self._ends(channel),
-            numel,
+            rows,
             channel.slot,
             self.group.rank,
+            E=self.width,
             PARTS=len(parts),
-            BLOCK=self._part_block,
+            BLOCK=block,
             **self._ranks(),
+            WORD=self._one_shot.word_of(self.dtype),
             DEPENDENT=self.pdl,
-            num_warps=self._part_warps,
+            num_warps=warps,
             **self._launch(),
         )
-        return out
+        return squares
 
     def best(self, score: torch.Tensor, token: torch.Tensor, out: torch.Tensor) -> None:
         """The token of the best score of all ranks, of equal ones the lowest, into out int64 [n].
@@ -204,14 +237,23 @@ class OneShot(Exchange):
         owned: range = range(0),
         residual: torch.Tensor | None = None,
         norm: RMSNorm | None = None,
+        total: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """norm(total) and total = residual + sum of x; what is left out takes no part in it."""
-        rows = len(x) if ids is None else len(ids)
-        total = torch.empty(rows, self.width, dtype=self.dtype, device=self.device)
-        out = total if norm is None else torch.empty_like(total)
+        """norm(total) and total = residual + sum of x; what is left out takes no part in it.
+
+        x: [T, E]; or float32 [parts, T, E], to be summed first.
+        """
+        rows = x.shape[-2] if ids is None else len(ids)
+        if total is None:
+            total = torch.empty(rows, self.width, dtype=self.dtype, device=self.device)
+        if out is None:
+            out = total if norm is None else torch.empty_like(total)
         if rows == 0:
             return out, total
-        assert x.dtype == self.dtype and x.shape[1] == self.width and x.stride(1) == 1
+        summed = x.dim() == 3
+        assert x.shape[-1] == self.width and x.stride(-1) == 1
+        assert x.dtype == (torch.float32 if summed else self.dtype) and out.dtype == self.dtype
         channel = self._channels["rows"]
         self._one_shot.sum_rows_kernel[(rows,)](
             x,
@@ -221,7 +263,8 @@ class OneShot(Exchange):
             out,
             total,
             *self._ends(channel),
-            x.stride(0),
+            x.stride(0) if summed else 0,
+            x.stride(-2),
             0 if residual is None else residual.stride(0),
             owned.start,
             len(owned),
@@ -229,6 +272,7 @@ class OneShot(Exchange):
             channel.slot,
             self.group.rank,
             E=self.width,
+            PARTS=len(x) if summed else 1,
             BLOCK=self._row_block,
             **self._ranks(),
             WORD=self._one_shot.word_of(self.dtype),

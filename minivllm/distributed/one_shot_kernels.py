@@ -126,6 +126,7 @@ def sum_rows_kernel(
     boxes_ptr,
     epochs_ptr,
     stop_ptr,
+    part_stride,
     x_stride,
     residual_stride,
     first_id,
@@ -134,6 +135,7 @@ def sum_rows_kernel(
     slot,
     rank,
     E: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
     RANKS: tl.constexpr,
@@ -145,6 +147,7 @@ def sum_rows_kernel(
 ):
     """Row ``program_id(0)``: total = residual + sum of x over the ranks; out = norm(total).
 
+    x is the sum of PARTS parts, rounded as ``out`` is; total may be float32, unrounded.
     EMBED: x is this rank's part of an embedding, and a row is that of its token ids[row], or zeros
     if the token is another rank's. ADD: there is a residual. NORM: the norm is wanted.
     """
@@ -157,7 +160,7 @@ def sum_rows_kernel(
         weight = tl.load(weight_ptr + cols, mask=mask).to(tl.float32)
     if DEPENDENT:
         gdc_wait()
-    dtype = total_ptr.dtype.element_ty
+    dtype = out_ptr.dtype.element_ty
     if EMBED:
         # A vector, for the interpreter's masks are not made of scalars.
         token = tl.load(ids_ptr + row) - first_id + tl.zeros([BLOCK], tl.int64)
@@ -165,6 +168,10 @@ def sum_rows_kernel(
         x = tl.load(x_ptr + token * x_stride + cols, mask=ours, other=0.0)
     else:
         x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
+        for part in tl.static_range(1, PARTS):
+            part_ptr = x_ptr + part * part_stride + row * x_stride
+            x += tl.load(part_ptr + cols, mask=mask, other=0.0)
+        x = x.to(dtype)
     if ADD:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
     at = tl.program_id(0) * E + cols
@@ -173,7 +180,7 @@ def sum_rows_kernel(
     )
     if ADD:
         total += residual.to(tl.float32)
-    total = total.to(dtype)
+    total = total.to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + row * E + cols, total, mask=mask)
     if NORM:
         x = total.to(tl.float32)
@@ -182,36 +189,56 @@ def sum_rows_kernel(
         tl.store(out_ptr + row * E + cols, (normed * weight).to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=PER_RANK)
+@triton.jit(do_not_specialize=[*PER_RANK, "rows"])
 def sum_parts_kernel(
     parts_ptr,
+    residual_ptr,
+    gain_ptr,
+    total_ptr,
     out_ptr,
+    squares_ptr,
     boxes_ptr,
     epochs_ptr,
     stop_ptr,
-    numel,
+    rows,
     slot,
     rank,
+    E: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
     RANKS: tl.constexpr,
+    WORD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Numbers ``program_id(0)`` * BLOCK and on: the sum of the PARTS parts of every rank."""
+    """BLOCK numbers of a row: total = residual + the sum of the PARTS parts of every rank.
+
+    out: total * gain; squares [E / BLOCK, rows]: what this program's squares add up to. With both,
+    a product of ``out`` can divide by the root mean square of its row. parts, residual and total
+    are float32, what is sent is rounded as ``out`` is.
+    """
     if DEPENDENT:
         gdc_launch_dependents()
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < numel
+    BLOCKS: tl.constexpr = E // BLOCK
+    row = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    at = row * E + cols
+    gain = tl.load(gain_ptr + cols).to(tl.float32)
     if DEPENDENT:
         gdc_wait()
-    x = tl.load(parts_ptr + at, mask=mask, other=0.0)
+    x = tl.load(parts_ptr + at)
     for part in tl.static_range(1, PARTS):
-        x += tl.load(parts_ptr + part * numel + at, mask=mask, other=0.0)
-    total = sum_of_ranks(
-        x, at, mask, boxes_ptr, epochs_ptr, stop_ptr, slot, rank, SIZE, RANKS, tl.uint64
+        x += tl.load(parts_ptr + part * rows * E + at)
+    residual = tl.load(residual_ptr + at)
+    dtype = out_ptr.dtype.element_ty
+    everywhere = tl.full([BLOCK], 1, tl.int1)
+    total = residual + sum_of_ranks(
+        x.to(dtype), at, everywhere, boxes_ptr, epochs_ptr, stop_ptr, slot, rank, SIZE, RANKS, WORD
     )
-    tl.store(out_ptr + at, total, mask=mask)
+    tl.store(total_ptr + at, total)
+    tl.store(out_ptr + at, (total * gain).to(dtype))
+    tl.store(squares_ptr + block * rows + row, tl.sum(total * total, axis=0))
 
 
 @triton.jit(do_not_specialize=PER_RANK)

@@ -117,7 +117,7 @@ class TensorParallelRunner(GraphRunner):
             width=model.hidden_size,
             dtype=dtype,
             most_rows=rows,
-            most_parts=chain_places(model, dtype, self.device) * model.hidden_size,
+            most_parts=chain_places(model, dtype, self.device),
             most_sampled=config.max_num_seqs,
             pdl=pdl,
         )

@@ -35,7 +35,8 @@ class Scratch:
 class SkinnyBuffers:
     """What the kernels of P rows hand to each other.
 
-    totals: two float32 [P, E], the residual stream; normed: [P, E], its norm. qkv: float32 [parts,
+    totals: two float32 [P, E], the residual stream; normed: [P, E], its norm; squares: float32 [n,
+    P], by which that is yet to be divided (see ``sum_and_gain``). qkv: float32 [parts,
     P, (H + 2 G) * D]. splits: float32 [splits, P, H, D], or [1, P, H, D] that needs no merge
     (``direct``), and lse: float32 [splits, P, H]; attended: [P, H, D], merged. act: [1, P, F].
     o_parts, down_parts: float32 [parts, P, E].
@@ -43,6 +44,7 @@ class SkinnyBuffers:
 
     totals: tuple[torch.Tensor, torch.Tensor]
     normed: torch.Tensor
+    squares: torch.Tensor
     qkv: torch.Tensor
     splits: torch.Tensor
     lse: torch.Tensor
@@ -61,10 +63,10 @@ class SkinnyBuffers:
         scratch: Scratch,
         *,
         processors: int,
-        inside: bool,
+        merge_inside: bool,
         hopper: bool,
     ) -> SkinnyBuffers:
-        """Buffers for ``rows`` rows; inside, hopper: see :class:`SkinnyForward`."""
+        """Buffers for ``rows`` rows; merge_inside, hopper: see :class:`SkinnyForward`."""
         # Here, for it imports Triton, which has no wheel for every machine.
         from minivllm.engine.skinny_split_kernels import splits_for
 
@@ -91,17 +93,18 @@ class SkinnyBuffers:
             down_parts = down_parts or tuning.hopper_parts(size, mlp_size, processors)
         if rows == 1:
             qkv_parts = 1  # the norm of a single row needs all of it
-        if inside:
+        if merge_inside:
             # A program of o merges the splits of its part's heads only: with 4,096 tokens of
             # context a step of the 0.6B model took 0.76 ms in 4 parts and 0.93 in one.
             o_parts = o_parts or (4 if heads % 4 == 0 else 0)
         qkv_parts = qkv_parts or tuning.parts(rows, qkv.out_features, size, 16, processors)
         o_parts = o_parts or tuning.parts(rows, size, heads * head_size, head_size, processors)
         down_parts = down_parts or tuning.parts(rows, size, mlp_size, 16, processors)
-        direct = splits == 1 and not inside
+        direct = splits == 1 and not merge_inside
         return cls(
             totals=(wide("total 0", rows, size), wide("total 1", rows, size)),
             normed=narrow("normed", rows, size),
+            squares=wide("squares", tuning.gain_blocks(rows, size, processors), rows),
             qkv=wide("qkv", qkv_parts, rows, qkv.out_features),
             splits=(narrow if direct else wide)("splits", splits, rows, heads, head_size),
             lse=wide("lse", splits, rows, heads),

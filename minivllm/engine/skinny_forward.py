@@ -106,12 +106,19 @@ class SkinnyForward:
         properties = torch.cuda.get_device_properties(weight.device) if on_gpu else None
         self.processors = properties.multi_processor_count if properties else 4
         self.tuning = tuning or SkinnyTuning.for_rows(rows)
-        self.inside = rows == 1 and weight.shape[1] <= self.tuning.norm_inside
+        self.norm_inside = rows == 1 and weight.shape[1] <= self.tuning.norm_inside
+        self.merge_inside = rows == 1 and weight.shape[1] <= self.tuning.merge_inside
         # The copy engine wants rows of the weights that begin at 16 bytes: all sizes are so.
         self.hopper = (
             self.tuning.hopper
             and rows > 1
             and runs_on_hopper(weight.device, weight.dtype, model.config.head_size)
+        )
+        # float16 might not hold what is not normalised yet.
+        self.divides_late = (
+            self.tuning.late
+            and weight.dtype == torch.bfloat16
+            and (self.hopper if rows > 1 else not self.norm_inside)
         )
         # Hopper and later can start a kernel while the one in front finishes.
         self.dependent = bool(properties and properties.major >= 9) and self.tuning.dependent
@@ -121,7 +128,7 @@ class SkinnyForward:
             self.tuning,
             scratch or Scratch(weight.device),
             processors=self.processors,
-            inside=self.inside,
+            merge_inside=self.merge_inside,
             hopper=self.hopper,
         )
         if logits is None:
@@ -232,8 +239,8 @@ class SkinnyForward:
             attention, mlp = layer.self_attn, layer.mlp
             qkv, o = attention.qkv_proj.weight, attention.o_proj.weight
             gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
-            total = self._sum_and_norm(layer.input_layernorm, stream)
-            self._product(qkv, buffers.normed, buffers.qkv)
+            total, late = self._norm(layer.input_layernorm, stream)
+            self._product(qkv, buffers.normed, buffers.qkv, **late)
             if attend is None:
                 self._attend(index, attention, tables)
                 attended = self._merged(tables)
@@ -242,13 +249,14 @@ class SkinnyForward:
                 attended = attend(index, q).flatten(1)
             self._product(o, attended, buffers.o_parts)
             stream = self._stream(stream, total, buffers.o_parts)
-            total = self._sum_and_norm(layer.post_attention_layernorm, stream)
+            total, late = self._norm(layer.post_attention_layernorm, stream)
             self._product(
                 gate_up,
                 buffers.normed,
                 buffers.act,
                 silu=True,
                 block_n=tuning.gate_up_block_n,
+                **late,
             )
             self._product(down, buffers.act[0], buffers.down_parts)
             stream = self._stream(stream, total, buffers.down_parts)
@@ -271,19 +279,19 @@ class SkinnyForward:
         **options: Any,
     ) -> torch.Tensor:
         """out = weight @ norm(stream); returns the stream's sum."""
-        if self.inside:
+        if self.norm_inside:
             total = self._other_total(stream)
             first = stream.parts is None
             into = {"gain": norm.weight, "eps": norm.eps, "total": total}
             self._gemv(weight, stream, out, first=first, **into, **options)
         else:
-            total = self._sum_and_norm(norm, stream)
-            self._gemv(weight, self.buffers.normed, out, **options)
+            total, late = self._norm(norm, stream)
+            self._gemv(weight, self.buffers.normed, out, **late, **options)
         return total
 
     def _gemv_merge(self, weight: torch.Tensor, out: torch.Tensor, tables: StepTables) -> None:
         """out = weight @ what attention gave."""
-        if self.inside:
+        if self.merge_inside:
             split = self.tuning.attention_split
             splits = {"lse": self.buffers.lse, "context": tables.context, "min_split": split}
             self._gemv(weight, self.buffers.splits, out, **splits)
@@ -324,6 +332,29 @@ class SkinnyForward:
         )
         return total
 
+    def _norm(self, norm: RMSNorm, stream: Stream) -> tuple[torch.Tensor, dict[str, Any]]:
+        """normed = norm(stream), but for what the product is told to divide by; and the sum."""
+        if not self.divides_late:
+            return self._sum_and_norm(norm, stream), {}
+        total = self._other_total(stream)
+        squares = self._sum_and_gain(norm, stream, total)
+        return total, {"squares": squares, "eps": norm.eps}
+
+    def _sum_and_gain(self, norm: RMSNorm, stream: Stream, total: torch.Tensor) -> torch.Tensor:
+        """total = the stream's sum; normed = that times the norm's weight; returns its squares."""
+        from minivllm.engine.skinny_kernels import sum_and_gain
+
+        buffers = self.buffers
+        sum_and_gain(
+            stream,
+            norm.weight,
+            total,
+            buffers.normed,
+            buffers.squares,
+            dependent=self.dependent and stream.parts is not None,  # as above
+        )
+        return buffers.squares
+
     def _product(
         self,
         weight: torch.Tensor,
@@ -332,6 +363,8 @@ class SkinnyForward:
         *,
         silu: bool = False,
         block_n: int = 0,
+        squares: torch.Tensor | None = None,
+        eps: float = 0.0,
     ) -> None:
         from minivllm.engine.skinny_kernels import skinny_product
 
@@ -344,6 +377,8 @@ class SkinnyForward:
                 x,
                 out,
                 silu=silu,
+                squares=squares,
+                eps=eps,
                 chunk=tuning.hopper_chunk,
                 stages=tuning.hopper_stages,
                 processors=self.processors,

@@ -98,9 +98,12 @@ def gemv_kernel(
     ids_ptr,
     lse_ptr,
     context_ptr,
+    squares_ptr,
     eps,
     SOURCE: tl.constexpr,
     PARTS: tl.constexpr,
+    SQUARES: tl.constexpr,
+    SQUARES_BLOCK: tl.constexpr,  # SQUARES, padded to a power of two
     K: tl.constexpr,
     K_PART: tl.constexpr,
     OUT: tl.constexpr,
@@ -116,7 +119,8 @@ def gemv_kernel(
     """out [K_PARTS, OUT] = weight [N, K] @ x [K] for one row; see the module for the tiles.
 
     x is made on the way in, by SOURCE:
-        "plain"  x_ptr [K] as it is
+        "plain"  x_ptr [K] as it is; or, with the SQUARES parts of a sum of squares, divided by
+                 the root of their mean over K
         "norm"   RMSNorm, with ``gain``, of residual + the PARTS parts of x_ptr [PARTS, K]; the sum
                  is stored in ``total`` (PARTS = 0: the embedding of ids[0])
         "merge"  attention, from its splits in x_ptr and lse_ptr
@@ -160,6 +164,10 @@ def gemv_kernel(
         x = tl.where(mask, tl.reshape(x, (BLOCK_K,)), 0.0)
     else:
         x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        if SQUARES:
+            lanes = tl.arange(0, SQUARES_BLOCK)
+            squares = tl.load(squares_ptr + lanes, mask=lanes < SQUARES, other=0.0)
+            scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
 
     store_rows(out_ptr + part * OUT, w, x, scale, tile, BLOCK_N, OUT, SILU)
 
@@ -189,6 +197,7 @@ def gemv(
     gain: torch.Tensor | None = None,
     total: torch.Tensor | None = None,
     eps: float = 0.0,
+    squares: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     context: torch.Tensor | None = None,
     min_split: int = 64,
@@ -205,6 +214,8 @@ def gemv(
             [K] and ``eps``; or attention's splits, float32 [SPLITS, 1, H, D], with their ``lse``
             [SPLITS, 1, H] and ``context`` [1].
         out: [parts, 1, N], N / 2 with ``silu``; K a multiple of parts.
+        squares: float32 [n], where x [1, K] is yet to be divided by the square root of their sum
+            over K, plus ``eps``.
         silu: weight holds gate rows and then up rows; out = silu(gate) * up.
         weights: of a tile, N times K.
     """
@@ -228,9 +239,12 @@ def gemv(
         stream.ids if stream else None,
         lse,
         context,
+        squares,
         eps,
         SOURCE=source,
         PARTS=stream.num_parts if stream else 0,
+        SQUARES=0 if squares is None else len(squares),
+        SQUARES_BLOCK=1 if squares is None else triton.next_power_of_2(len(squares)),
         K=size,
         K_PART=part,
         OUT=width,

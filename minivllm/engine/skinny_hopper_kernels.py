@@ -65,23 +65,43 @@ def copy_x(x_desc, column, full, x_tile, ROWS: gl.constexpr, CHUNK: gl.constexpr
     copy_in(x_desc, [0, column], full, x_tile)
 
 
-@gluon.jit(do_not_specialize=["rows"])
+@gluon.jit
+def inverse_rms(squares_ptr, rows, size, eps, ROWS: gl.constexpr, SQUARES: gl.constexpr):
+    """For each row, 1 / the root of what squares [SQUARES, rows] add up to over ``size``: [ROWS].
+
+    A thread takes a row.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    lanes = gl.arange(0, ROWS, layout=layout)
+    mask = lanes < rows
+    total = gl.zeros([ROWS], gl.float32, layout)
+    for i in gl.static_range(SQUARES):
+        total += gl.load(squares_ptr + i * rows + lanes, mask=mask, other=1.0)
+    return gl.rsqrt(total / size + eps)
+
+
+@gluon.jit(do_not_specialize=["rows", "size"])
 def hopper_product_kernel(
     w_desc,
     x_desc,
     out_ptr,
+    squares_ptr,
     rows,
+    size,
+    eps,
     K_PART: gl.constexpr,
     OUT: gl.constexpr,
     SILU: gl.constexpr,
     ROWS: gl.constexpr,  # rows, padded to a power of two of at least 8
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
+    SQUARES: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
     """Program (tile, part): out [parts, rows, OUT] = x [rows, K] @ weight [N, K].T.
 
-    SILU: N = 2 * OUT, gate rows then up rows; out = silu(gate) * up.
+    SILU: N = 2 * OUT, gate rows then up rows; out = silu(gate) * up. SQUARES: rows of x are divided
+    by the root of what squares [SQUARES, rows] add up to over ``size``; 0 if they are not.
     """
     CHUNKS: gl.constexpr = (K_PART + CHUNK - 1) // CHUNK
     dtype: gl.constexpr = w_desc.dtype
@@ -104,17 +124,19 @@ def hopper_product_kernel(
     for i in gl.static_range(STAGES):
         copy_x(x_desc, start + i * CHUNK, full.index(i), x_tile.index(i), ROWS, CHUNK)
 
+    if SQUARES:
+        scale = inverse_rms(squares_ptr, rows, size, eps, ROWS, SQUARES)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     sums = gl.zeros([BLOCK_N, ROWS], gl.float32, layout)
-    for i in gl.static_range(CHUNKS):
+    for i in range(CHUNKS):
         stage = i % STAGES
         mbarrier.wait(full.index(stage), i // STAGES & 1)
         sums = warpgroup_mma(
             w_tile.index(stage), x_tile.index(stage).permute((1, 0)), sums, is_async=True
         )
-        if i > 0 and i - 1 + STAGES < CHUNKS:
-            # All but the newest product are over, so the buffers of the one before are free.
-            sums = warpgroup_mma_wait(1, [sums])
+        # All but the newest product are over, so the buffers of the one before are free.
+        sums = warpgroup_mma_wait(1, [sums])
+        if (i > 0) & (i - 1 + STAGES < CHUNKS):
             free = (i - 1) % STAGES
             column = start + (i - 1 + STAGES) * CHUNK
             copy_weights(
@@ -122,6 +144,9 @@ def hopper_product_kernel(
             )
             copy_x(x_desc, column, full.index(free), x_tile.index(free), ROWS, CHUNK)
     sums = warpgroup_mma_wait(0, [sums])
+    if SQUARES:
+        scale = gl.convert_layout(scale, gl.SliceLayout(0, layout))
+        sums = sums * scale[None, :]
 
     if SILU:
         HALF: gl.constexpr = BLOCK_N // 2
@@ -167,6 +192,8 @@ def hopper_product(
     out: torch.Tensor,
     *,
     silu: bool = False,
+    squares: torch.Tensor | None = None,
+    eps: float = 0.0,
     chunk: int = 128,
     stages: int = 8,
     processors: int = 132,
@@ -180,6 +207,8 @@ def hopper_product(
         x: [P, K], contiguous, in the weight's dtype.
         out: [parts, P, N], N / 2 with ``silu``; with several parts, K a multiple of parts * chunk.
         silu: weight holds gate rows and then up rows; out = silu(gate) * up.
+        squares: float32 [n, P], where rows of x are yet to be divided by the square root of their
+            sum over K, plus ``eps``.
         chunk, stages: how much of K a copy brings, and how many buffers there are for them at most.
         processors, together: multiprocessors, and how many programs at most are to share one; what
             shared memory it has is divided among them.
@@ -196,13 +225,17 @@ def hopper_product(
         _descriptor(weight, block, chunk),
         _descriptor(x, padded, chunk),
         out,
+        squares,
         rows,
+        weight.shape[1],
+        eps,
         K_PART=k_part,
         OUT=width,
         SILU=silu,
         ROWS=padded,
         CHUNK=chunk,
         STAGES=min(stages, most, triton.cdiv(k_part, chunk)),
+        SQUARES=0 if squares is None else len(squares),
         DEPENDENT=dependent,
         num_warps=4,
         **launch_options(dependent),

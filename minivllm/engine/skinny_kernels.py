@@ -183,6 +183,41 @@ def sum_and_norm_kernel(
     tl.store(out_ptr + row * E + cols, out, mask=mask)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def sum_and_gain_kernel(
+    parts_ptr,
+    residual_ptr,
+    total_ptr,
+    ids_ptr,
+    gain_ptr,
+    out_ptr,
+    squares_ptr,
+    rows,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Columns ``program_id(1)`` * BLOCK and on of row ``program_id(0)``: as sum_and_norm_kernel,
+
+    but the norm is not divided out: out = total * gain, and squares [programs of a row, rows] has
+    what each program's squares add up to.
+    """
+    row = tl.program_id(0)
+    block = tl.program_id(1)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < E
+    gain = tl.load(gain_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = residual_sum(residual_ptr, ids_ptr, parts_ptr, row, rows, cols, mask, E, PARTS)
+    tl.store(total_ptr + row * E + cols, total, mask=mask)
+    out = (total * gain).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * E + cols, out, mask=mask)
+    tl.store(squares_ptr + block * rows + row, tl.sum(total * total, axis=0))
+
+
 def skinny_product(
     weight: torch.Tensor,
     x: torch.Tensor,
@@ -258,6 +293,41 @@ def sum_and_norm(
         out,
         rows,
         eps,
+        E=size,
+        BLOCK=block,
+        PARTS=stream.num_parts,
+        DEPENDENT=dependent,
+        num_warps=min(max(block // 256, 1), 16),
+        **launch_options(dependent),
+    )
+
+
+def sum_and_gain(
+    stream: Stream,
+    gain: torch.Tensor,
+    total: torch.Tensor,
+    out: torch.Tensor,
+    squares: torch.Tensor,
+    *,
+    dependent: bool = False,
+) -> None:
+    """:func:`sum_and_norm` by many programs a row, which leave the division to who reads ``out``.
+
+    A product is linear in x, so its sums can be divided as well: by the square root of the mean of
+    the squares, which add up in ``squares`` float32 [n, P], one for each of n blocks of columns.
+    out: [P, E] becomes the stream's sum times ``gain`` [E], which float16 might not hold.
+    """
+    rows, size = out.shape
+    block = triton.next_power_of_2(triton.cdiv(size, len(squares)))
+    sum_and_gain_kernel[(rows, len(squares))](
+        stream.parts,
+        stream.total,
+        total,
+        stream.ids,
+        gain,
+        out,
+        squares,
+        rows,
         E=size,
         BLOCK=block,
         PARTS=stream.num_parts,

@@ -16,8 +16,9 @@ HOPPER_BLOCK_N = 64  # rows of the weights that a program of skinny_hopper_kerne
 class SkinnyTuning:
     """Tile sizes, chosen by measuring whole steps on an H200 with ``benchmarks/skinny.py``.
 
-    One row: ``gemv_weights`` of a tile, in programs of ``gemv_warps``; ``norm_inside``: the widest
-    residual stream of which the products make norm and merge themselves. More rows: tiles of
+    One row: ``gemv_weights`` of a tile, in programs of ``gemv_warps``; ``norm_inside``,
+    ``merge_inside``: the widest residual stream of which the products make the norm, and the merge
+    of attention's splits, themselves. More rows: tiles of
     ``block_n`` rows of the weights (``gate_up_block_n``: of gate and up together) and ``slices``
     times ``block_k`` columns; ``weights_first``: see ``tile_product``. ``qkv_parts``, ``o_parts``,
     ``down_parts``: how K is split, chosen by size where 0. ``attention_waves``: programs for each
@@ -28,13 +29,15 @@ class SkinnyTuning:
     ``hopper``: use the products of ``skinny_hopper_kernels.py`` where they run. A copy brings
     ``hopper_chunk`` columns, into one of ``hopper_stages`` buffers at most. K is split until a
     program has ``hopper_weights``, but into no more programs than ``hopper_programs`` for each
-    multiprocessor, so that all of them find room at once. ``own_attention``: with the kernel for a
+    multiprocessor, so that all of them find room at once. ``late``: divide by the
+    root mean square behind the products. ``own_attention``: with the kernel for a
     handful of rows, not the one for many sequences.
     """
 
     gemv_weights: int = 16384
     gemv_warps: int = 4
     norm_inside: int = 2048
+    merge_inside: int = 2048
     block_n: int = 16
     gate_up_block_n: int = 16
     block_k: int = 256
@@ -46,6 +49,7 @@ class SkinnyTuning:
     hopper_stages: int = 8
     hopper_weights: int = 32768
     hopper_programs: int = 3
+    late: bool = True
     qkv_parts: int = 0
     o_parts: int = 0
     down_parts: int = 0
@@ -88,6 +92,19 @@ class SkinnyTuning:
             if out_size // block_n * parts >= processors * 0.9:
                 return parts
         return 1
+
+    def gain_blocks(self, rows: int, size: int, processors: int) -> int:
+        """Into how many blocks of columns ``sum_and_gain`` cuts a row of ``size``.
+
+        About a program for each multiprocessor. The weights of wide layers take long to come, and
+        they come meanwhile, but hardly to a multiprocessor on which such a program still runs: so
+        there it is one for every fourth (8B, 32 rows: 48 us for gate and up, and 57 with more).
+        """
+        programs = processors if size <= 2048 else processors / 4
+        block = 256
+        while 2 * rows * size > 3 * block * programs and block < size:
+            block *= 2
+        return -(-size // block)
 
     def hopper_parts(self, out_size: int, size: int, processors: int, weights: int = 0) -> int:
         """The same for ``skinny_hopper_kernels.py``, whose parts are multiples of a chunk.
