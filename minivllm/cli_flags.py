@@ -121,6 +121,17 @@ def positive(text: str) -> int:
     return number
 
 
+def positive_number(text: str) -> float:
+    """A rate or a limit: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return number
+
+
 def device_name(text: str) -> str:
     """A device that PyTorch knows by this name, or ``auto``."""
     # Here, for whoever asks for --help need not wait for it.

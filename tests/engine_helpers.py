@@ -1,9 +1,11 @@
 """Small engines for tests: a checkpoint with a tokenizer of our own, and a runner with a script."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers import save_checkpoint, tiny_qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -79,6 +81,15 @@ def assert_idle(engine: LLMEngine) -> None:
     assert not engine.has_unfinished_requests
     assert engine.block_manager.num_free == engine.block_manager.num_blocks
     engine.block_manager.check([])
+
+
+def refuses(message: str, call: Callable[..., object], *args: object, **settings: object) -> None:
+    """``call`` raises a ValueError whose text, read as one line, matches ``message``."""
+    with pytest.raises(ValueError) as caught:
+        call(*args, **settings)
+    text = str(caught.value)
+    assert re.search(message, text), text
+    assert "\n" not in text
 
 
 def follow_script(engine: LLMEngine, script: Sequence[int]) -> None:

@@ -112,12 +112,3 @@ def test_a_run_of_both_policies(model, tmp_path, monkeypatch, capsys):
     assert report["date"] in texts and "goodput" in texts and "mixed, p99" in texts
     captured = capsys.readouterr()
     assert "fairness" in captured.out and "5/5" in captured.err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [(["--rates", "0"], "rates=0"), (["--requests", "0"], "requests=0")],
-)
-def test_mistakes_are_told_in_one_line(capsys, flags, message):
-    assert main(["bench", "serve-sim", "--device", "cpu", *flags]) == 2
-    assert message in capsys.readouterr().err

@@ -135,6 +135,43 @@ def test_a_report_that_was_cut_short_is_put_together(
     assert whole["runs"] == [{"date": "then", "command": "that", "device": "a GPU"}]
 
 
+def test_what_failed_is_measured_when_the_run_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest first, and the checks when all answers are there."""
+    ran: list[str] = []
+    failing = ["Qwen3-8B on 1"]
+
+    def run_stages(stages: list[Stage], *, save: Any, **_: Any) -> int:
+        for stage in stages:
+            ran.append(stage.name)
+            words = json.loads(stage.command[1])
+            measured = {f"b{batch}": 4.0 / words["ranks"] for batch in words.get("batches", ())}
+            results = {"engine": facts(**measured), "exact": {"8": [[1]]}, "check": {}}
+            stage.take(None if stage.name in failing else results[words["stage"]])
+            save()
+        return sum(stage.name in failing for stage in stages)
+
+    monkeypatch.setattr(tensor_parallel, "run_stages", run_stages)
+    monkeypatch.setattr(tensor_parallel, "ceilings", lambda _: {"copy_bytes_per_s": 1e12})
+    monkeypatch.setattr(sys, "argv", ["x"])
+    output = tmp_path / "report.json"
+    arguments = ["--device", "cpu", "--batch", "1", "--output", str(output)]
+    assert tensor_parallel.main(arguments) == 1
+    stages = ["Qwen3-8B on 2", "float32 on 2", "Qwen3-8B on 1", "float32 on 1"]
+    assert ran == [*stages, "check of Qwen3-8B"]
+    assert list(json.loads(output.read_text())["ranks"]) == ["2"]
+    ran.clear()
+    failing.clear()
+    assert tensor_parallel.main([*arguments, "--resume", str(output)]) == 0
+    assert ran == ["Qwen3-8B on 1", "check of Qwen3-8B"]
+    whole = json.loads(output.read_text())
+    assert list(whole["ranks"]) == ["1", "2"] and len(whole["runs"]) == 2
+    assert whole["ranks"]["2"]["same_tokens_as_first"] == 1.0
+    one, two = (whole["ranks"][ranks]["1"] for ranks in ("1", "2"))
+    assert one["limit_ms"] == pytest.approx(2 * two["limit_ms"])
+
+
 def test_the_limit_halves_with_twice_the_ranks() -> None:
     config = ModelConfig.from_folder(shape_folder("Qwen3-8B"))
     device = torch.device("cuda")

@@ -4,6 +4,8 @@ Attention is borrowed from PyTorch here; nothing above ``minivllm.models`` is us
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -451,6 +453,53 @@ def test_loader_names_every_tensor_that_does_not_fit(folder: Path) -> None:
     ):
         assert problem in message, f"the error does not say {problem!r}: {message}"
     assert message.count("weight") + message.count("bias") == 6, f"it names too many: {message}"
+
+
+@pytest.mark.parametrize(
+    "dtype, header", [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.float8_e4m3fn, "F8_E4M3")]
+)
+def test_loader_refuses_weights_that_are_no_floating_point_numbers(
+    sharded: Path, dtype: torch.dtype, header: str
+) -> None:
+    """Of a quantised checkpoint, say, whose config does not tell."""
+    victim = sorted(sharded.glob("model-*.safetensors"))[1]
+    weights = load_file(victim)
+    name = next(iter(weights))
+    weights[name] = torch.zeros(weights[name].shape, dtype=dtype)
+    # Before all else: the scales beside them would only be said to be left over.
+    weights["scale"] = torch.ones(1)
+    save_file(weights, victim)
+    expected = rf"{re.escape(name)} in .*{victim.name} has dtype {header}, .*use a checkpoint in bf"
+    with pytest.raises(ValueError, match=expected):
+        load_model(sharded)
+    weights |= {other: torch.zeros(weights[other].shape, dtype=dtype) for other in weights}
+    save_file(weights, victim)
+    with pytest.raises(ValueError, match=rf"{len(weights) - 2} more tensors are like that"):
+        load_model(sharded)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_loader_names_the_weights_that_are_not_finite(folder: Path, bad: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    names = ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"]
+    for name in names:
+        weights[name].view(-1)[-1] = bad
+    # In one tensor, both infinities must not cancel out.
+    weights["model.norm.weight"][0] = -bad
+    save_file(weights, folder / "model.safetensors")
+    listed = ", ".join(rf"{re.escape(name)} \(model.safetensors\)" for name in names)
+    with pytest.raises(ValueError, match=f"NaN or infinity in the weights of .*: {listed}; fetch"):
+        load_model(folder)
+
+
+def test_loader_takes_large_numbers_unless_the_dtype_cannot_hold_them(folder: Path) -> None:
+    """Whose sum is infinite, which alone does not say that one of them is."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(3e38)
+    save_file(weights, folder / "model.safetensors")
+    assert load_model(folder).model.norm.weight.sum().isinf()
+    with pytest.raises(ValueError, match=r"NaN or infinity.*model\.norm\.weight.*dtype bfloat16"):
+        load_model(folder, dtype=torch.float16)
 
 
 def test_loader_compares_before_it_takes_memory(folder: Path) -> None:

@@ -15,46 +15,25 @@ if torch.cuda.is_available():
     pytest.skip("a GPU runs the real thing, see test_engine_invariance", allow_module_level=True)
 
 from engine_helpers import drain, make_checkpoint
-from torch import nn
 
 from minivllm import LLMEngine, SamplingParams
-from minivllm.engine import graph_runner, prompt_graphs, sampler_kernels, step_kernels
+from minivllm.engine import folded_forward, graph_runner, prompt_graphs, step_forms
 from minivllm.engine.config import EngineConfig
 from minivllm.engine.cuda_graphs import NoRecorder
-from minivllm.engine.folded_forward import FoldedForward
 from minivllm.engine.graph_runner import GraphRunner
 from minivllm.engine.prompt_graphs import WORK_OF_DECODES, PromptGraphs
-from minivllm.engine.step_forms import StepForms, decode_batch
+from minivllm.engine.step_forms import choose_forms
 
 PROMPTS = [[5, 6, 7], list(range(20, 41)), [9] * 17, [3]]
 
 
-def kernel_forms(model: nn.Module, device: torch.device) -> StepForms:
-    """As ``choose_forms`` on a GPU for bfloat16, but without the chain of small batches."""
-    fused = FoldedForward(model)
-
-    def forward(runner: Any, batch: Any, cache: Any) -> torch.Tensor:
-        attend = runner.bind_attention(cache, batch, runner.scale).attend_stored
-        return fused(batch.input_ids, batch.positions, batch.slot_mapping, cache, attend)
-
-    def head(model: nn.Module, hidden: torch.Tensor, logits: torch.Tensor) -> None:
-        torch.mm(hidden, model.lm_head.weight.t(), out=logits)
-
-    def decode(runner: Any, inputs: Any, logits: torch.Tensor) -> None:
-        head(runner.model, forward(runner, decode_batch(inputs), runner.cache), logits)
-
-    def sample(logits: torch.Tensor, draw: Any, tokens: torch.Tensor) -> None:
-        sampler_kernels.sample(logits, draw.temperature, draw.seed, draw.step, out=tokens)
-
-    return StepForms(
-        begin_step=step_kernels.begin_step,
-        finish_step=step_kernels.finish_step,
-        apply_updates=step_kernels.apply_updates,
-        forward=forward,
-        decode=decode,
-        head=head,
-        sample=sample,
-    )
+def use_kernels(patch: pytest.MonkeyPatch) -> None:
+    """What a GPU gets for bfloat16, but without the chain of small batches."""
+    gpu = torch.device("cuda")
+    patch.setattr(graph_runner, "choose_forms", lambda model, _: choose_forms(model, gpu))
+    patch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    patch.setattr(folded_forward, "can_fold", lambda _: True)
+    patch.setattr(step_forms, "skinny_places", lambda *_: 0)
 
 
 class InterpretedRunner(GraphRunner):
@@ -103,7 +82,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_kernels_runner_answers_as_the_plain_one(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph_runner, "choose_forms", kernel_forms)
+    use_kernels(monkeypatch)
     monkeypatch.setattr(prompt_graphs, "TOKENS", (16, 24, 32))
     settings = {
         "model": str(checkpoint),

@@ -24,6 +24,13 @@ class Shape:
     head_size: int = 128
     block_size: int = 64
 
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"heads={self.num_heads} must be a multiple of kv_heads={self.num_kv_heads}; "
+                "change one of them"
+            )
+
     @property
     def scale(self) -> float:
         """1 / sqrt(D)."""

@@ -15,6 +15,7 @@ from minivllm.cli_flags import (
     add_shapes_name,
     engine_settings,
     positive,
+    positive_number,
 )
 
 # Have flags of their own, which they know only once PyTorch is imported.
@@ -75,9 +76,11 @@ def _add_throughput(benches: Any) -> None:
     throughput = benches.add_parser(
         "throughput", help="256 random requests at once: output tokens a second"
     )
-    throughput.add_argument("--requests", type=int, default=256, help="how many (256)")
-    throughput.add_argument("--most", type=int, default=1024, help="most tokens in and out (1024)")
-    throughput.add_argument("--rounds", type=int, default=2, help="how often all run (2)")
+    throughput.add_argument("--requests", type=positive, default=256, help="how many (256)")
+    throughput.add_argument(
+        "--most", type=positive, default=1024, help="most tokens in and out (1024)"
+    )
+    throughput.add_argument("--rounds", type=positive, default=2, help="how often all run (2)")
     throughput.add_argument("--profile", action="store_true", help="also profile decode steps")
     throughput.add_argument(
         "--peers", action="store_true", help="then vLLM, nano-vllm and transformers, if installed"
@@ -100,15 +103,15 @@ def _add_ladder(benches: Any) -> None:
     ladder = benches.add_parser(
         "ladder", help="the same prompts by every chapter's way: output tokens a second"
     )
-    ladder.add_argument("--requests", type=int, help="how many (128; 32 on a CPU)")
-    ladder.add_argument("--batch", type=int, help="sequences at a time (32; 8 on a CPU)")
+    ladder.add_argument("--requests", type=positive, help="how many (128; 32 on a CPU)")
+    ladder.add_argument("--batch", type=positive, help="sequences at a time (32; 8 on a CPU)")
     ladder.add_argument(
         "--subset",
-        type=int,
+        type=positive,
         default=4,
         help="requests of the chapters that serve one by one (4)",
     )
-    ladder.add_argument("--rounds", type=int, default=3, help="of each, unless it is slow (3)")
+    ladder.add_argument("--rounds", type=positive, default=3, help="of each, unless it is slow (3)")
     ladder.add_argument("--model", help="a folder or hub name (the embedded tiny Qwen3)")
     ladder.add_argument("--device", help="cpu, cuda or cuda:N (the GPU if there is one)")
     ladder.add_argument("--dtype", help="float32, float16 or bfloat16")
@@ -123,15 +126,24 @@ def _add_serve_sim(benches: Any) -> None:
         "serve-sim", help="requests that arrive over time: waiting times, goodput, fairness"
     )
     serve_sim.add_argument(
-        "--rates", type=float, nargs="+", help="requests a second (0.3, 0.6, 0.9 of the capacity)"
+        "--rates",
+        type=positive_number,
+        nargs="+",
+        help="requests a second (0.3, 0.6, 0.9 of the capacity)",
     )
-    serve_sim.add_argument("--requests", type=int, default=64, help="at each rate (64)")
+    serve_sim.add_argument("--requests", type=positive, default=64, help="at each rate (64)")
     serve_sim.add_argument("--arrivals-seed", type=int, default=0, help="of the arrivals (0)")
     serve_sim.add_argument(
-        "--ttft-limit", type=float, default=500.0, help="good: first token within ms (500)"
+        "--ttft-limit",
+        type=positive_number,
+        default=500.0,
+        help="good: first token within ms (500)",
     )
     serve_sim.add_argument(
-        "--itl-limit", type=float, default=50.0, help="good: ms a further token, on average (50)"
+        "--itl-limit",
+        type=positive_number,
+        default=50.0,
+        help="good: ms a further token, on average (50)",
     )
     add_plot_flag(serve_sim)
     add_shapes_flag(serve_sim)

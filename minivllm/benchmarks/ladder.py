@@ -74,9 +74,6 @@ def run_ladder(
     float32 on a CPU; 128 requests in batches of 32 on a GPU, 32 in batches of 8 on a CPU. Raises
     SystemExit, after the report is written, if any rung chose a token that it should not have.
     """
-    for name, value in (("batch", batch), ("subset", subset), ("rounds", rounds)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
     bench, workload = _set_up(model, shapes, device, dtype, num_requests, batch)
     places = {
         "few": subset_of(workload, subset),

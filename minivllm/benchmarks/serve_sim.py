@@ -38,14 +38,6 @@ def run_serve_sim(
     settings: keywords of :class:`minivllm.LLM`; a ``policy`` among them is the only one measured.
     rates: requests a second; by default shares of what is served when all come at once.
     """
-    for name, value in (
-        ("requests", num_requests),
-        ("ttft_limit", ttft_limit_ms),
-        ("itl_limit", itl_limit_ms),
-        *(("rates", rate) for rate in rates or ()),
-    ):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value} must be positive")
     policies = [settings["policy"]] if settings.get("policy") else list(POLICIES)
     runs: list[dict[str, Any]] = []
     ideals: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from minivllm.benchmarks.shapes import shape_folder
 from minivllm.benchmarks.svg import Bar, bar_chart, write_svg
 from minivllm.benchmarks.workload import Workload, check_greedy, usual_workload, work_of
 from minivllm.distributed.host_memory import peak_host_bytes
+from minivllm.engine.config import EngineConfig
 from minivllm.engine.outputs import RequestOutput
 from minivllm.engine.sampling_params import SamplingParams
 from minivllm.llm import LLM
@@ -62,10 +63,15 @@ def run_throughput(
     """The field's usual workload; prints tokens a second and the share of the machine's limit.
 
     peers: then run what else is installed on the same workload. plot: a file for the picture.
+    profile: also decode steps; ValueError if they would not run on a GPU.
     """
-    for name, value in (("requests", num_requests), ("most", most), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    if profile:
+        where = EngineConfig(device=settings.get("device", "auto")).resolve_device()
+        if where.type != "cuda":
+            raise ValueError(
+                f"profile={profile}: decode steps are profiled on a CUDA device, and this is "
+                f"{where}, where there is nothing to profile; leave --profile out"
+            )
     report, workload, place = _measure_throughput(
         settings, shapes, num_requests, most, rounds, profile=profile
     )
@@ -179,7 +185,7 @@ def _measure_throughput(
         }
         if device.type == "cuda":
             report["peak_gpu_bytes"] = torch.cuda.max_memory_reserved()
-        if profile and device.type == "cuda":
+        if profile:
             report["profile"] = {
                 f"batch {batch}, context {context}": profile_decode(llm, batch, context)
                 for batch, context in ((256, 540), (32, 256), (1, 256))

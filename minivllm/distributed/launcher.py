@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from minivllm.distributed.channel import Link, Listener, connect, read_json
 from minivllm.distributed.group import MEETING_TIMEOUT
-from minivllm.distributed.meeting import Place, accept_ranks, agree
+from minivllm.distributed.meeting import Place, accept_ranks, agree, find_store
 from minivllm.distributed.parallel_layers import share_of
 from minivllm.distributed.ranks import Ranks
 from minivllm.distributed.worker import Job, serve
@@ -104,23 +104,14 @@ def _spawn(job: Job, size: int) -> Ranks:
 
 def _meet(job: Job, size: int, place: Place) -> Ranks:
     """Find the ranks that torchrun has started; all but rank 0 never return."""
-    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
-    # torchrun keeps a store of its own at that address; other starters leave it to rank 0.
-    there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store: dist.Store = dist.TCPStore(
-        host,
-        port,
-        is_master=place.rank == 0 and not there,
-        wait_for_workers=False,
-        timeout=MEETING_TIMEOUT,
-    )
+    store = find_store(place)
     # The n-th engine of one rank meets the n-th engine of the others.
     number = store.add(f"minivllm/engines of rank {place.rank}", 1)
     store = dist.PrefixStore(f"minivllm/{number}", store)
     agree(job, store, place.rank, size)
     if place.rank != 0:
         meeting = read_json(store.get("channel"))
-        address = "127.0.0.1" if place.local else host
+        address = "127.0.0.1" if place.local else os.environ.get("MASTER_ADDR", "127.0.0.1")
         link = connect(address, meeting["port"], place.rank, meeting["secret"])
         served = serve(
             job,

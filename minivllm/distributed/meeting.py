@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,12 @@ class Place:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
         if any(name not in os.environ for name in names):
             return cls()
-        rank, local_rank, world, local_world, _ = map(_number, names)
+        rank, local_rank, world, local_world, port = map(_number, names)
+        if not 0 < port < 1 << 16:
+            raise ValueError(
+                f"MASTER_PORT={port} in the environment must be a port, from 1 to 65535; torchrun "
+                "sets it"
+            )
         if world != size:
             raise ValueError(
                 f"tensor_parallel_size={size}, but torchrun has started {world} ranks "
@@ -48,6 +54,52 @@ def _number(name: str) -> int:
     if not value.isdecimal():
         raise ValueError(f"{name}={value!r} in the environment must be a number; torchrun sets it")
     return int(value)
+
+
+def find_store(place: Place) -> dist.Store:
+    """Where the ranks that torchrun has started meet: MASTER_ADDR and MASTER_PORT.
+
+    ValueError on rank 0 if it cannot listen there, RankFailure where nobody answers.
+    """
+    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
+    # torchrun keeps a store of its own at that address; other starters leave it to rank 0.
+    there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listens = place.rank == 0 and not there
+    found: list[dist.Store | Exception] = []
+
+    def look() -> None:
+        try:
+            found.append(
+                dist.TCPStore(
+                    host,
+                    port,
+                    is_master=listens,
+                    wait_for_workers=False,
+                    timeout=MEETING_TIMEOUT,
+                )
+            )
+        except Exception as error:
+            found.append(error)
+
+    # In a thread that can be left behind: of a program that has the port, and takes connections
+    # without a word, the store would wait for an answer forever.
+    thread = threading.Thread(target=look, name="minivllm store", daemon=True)
+    thread.start()
+    thread.join(MEETING_TIMEOUT.total_seconds())
+    store = found[0] if found else None
+    if isinstance(store, dist.Store):
+        return store
+    if listens and "failed to listen" in str(store):
+        reason = str(store).splitlines()[0].rpartition("message: ")[2]
+        raise ValueError(
+            f"MASTER_PORT={port}: rank 0 cannot listen on that port ({reason}); give torchrun, or "
+            "whatever starts the ranks, another one"
+        ) from None
+    raise RankFailure(
+        f"rank {place.rank} found no store at MASTER_ADDR={host}, MASTER_PORT={port} within "
+        f"{MEETING_TIMEOUT.seconds} s; who keeps it (rank 0, or torchrun) may have ended, and has "
+        "said why, or another program has that port"
+    ) from store
 
 
 def agree(job: Job, store: dist.Store, rank: int, size: int) -> None:

@@ -13,6 +13,9 @@ from minivllm.models.config import DTYPES
 
 ATTENTION_BACKENDS = ("auto", "torch", "triton")
 
+# Sequences and tokens of a step are numbered in 32 bits on the device.
+MOST_IN_A_STEP = 2**31 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -91,6 +94,12 @@ class EngineConfig:
             raise ValueError(f"seed={self.seed!r} must be an integer")
         for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
             self._check_positive(name)
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) > MOST_IN_A_STEP:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is more than a step can count, which is "
+                    f"{MOST_IN_A_STEP}; lower it"
+                )
         for name in ("max_model_len", "num_kv_blocks"):
             if getattr(self, name) is not None:
                 self._check_positive(name)

@@ -68,20 +68,19 @@ class ModelRunner:
         self.device = device
         self.scale = model_config.head_size**-0.5
         self.sampler = Sampler()
-        self.bind_attention = self._choose_attention(config, max_model_len, dtype)
-        self._reserve(config, max_model_len, dtype)
-        num_blocks = config.num_kv_blocks or self._blocks_that_fit(config, max_model_len, dtype)
         try:
-            self.cache = PagedKVCache(
-                model_config, num_blocks, config.block_size, dtype=dtype, device=device
-            )
-        except RuntimeError:
-            # All that PyTorch says when an allocation fails, on any device.
-            block_bytes = PagedKVCache.bytes_per_block(model_config, config.block_size, dtype)
+            self.bind_attention = self._choose_attention(config, max_model_len, dtype)
+            self._reserve(config, max_model_len, dtype)
+        except (RuntimeError, MemoryError) as error:
+            if not _lacks_memory(error):
+                raise
             raise ValueError(
-                f"num_kv_blocks={num_blocks} blocks take {num_blocks * block_bytes / 2**30:,.1f} "
-                f"GiB, which {device} does not have; lower it, or leave it out"
+                f"there is no memory on {device} for the state of "
+                f"max_num_seqs={config.max_num_seqs} sequences and steps of "
+                f"max_num_batched_tokens={config.max_num_batched_tokens} tokens; lower them"
             ) from None
+        num_blocks = config.num_kv_blocks or self._blocks_that_fit(config, max_model_len, dtype)
+        self.cache = self._make_cache(num_blocks, config.block_size, dtype)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
@@ -173,6 +172,26 @@ class ModelRunner:
         blocks_per_seq = -(-max_model_len // config.block_size)
         return min(fits, config.max_num_seqs * blocks_per_seq)
 
+    def _make_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> PagedKVCache:
+        """The pool of blocks; ValueError, which says how many would fit, if there is no room."""
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = available_host_memory()
+        try:
+            return PagedKVCache(
+                self.model_config, num_blocks, block_size, dtype=dtype, device=self.device
+            )
+        except (RuntimeError, TypeError):
+            # All that PyTorch says when an allocation fails, on any device, and of numbers that
+            # need more than 64 bits.
+            block_bytes = PagedKVCache.bytes_per_block(self.model_config, block_size, dtype)
+            raise ValueError(
+                f"num_kv_blocks={num_blocks} blocks take {num_blocks * block_bytes // 2**30:,} "
+                f"GiB, which {self.device} does not have; lower it (about {free // block_bytes} "
+                "would fit now), or leave it out"
+            ) from None
+
     def _free_after_peak(self, config: EngineConfig) -> int:
         """Bytes of GPU memory that the largest step leaves of what this engine may use."""
         torch.cuda.empty_cache()
@@ -226,6 +245,13 @@ class ModelRunner:
         ones = torch.ones(len(rows), device=self.device)
         whole = torch.ones(len(rows), dtype=torch.int64, device=self.device)
         self.sampler(logits, SamplingTensors(ones, whole, whole, whole, ones, ones))
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether ``error`` is an allocation that failed: on a CPU PyTorch has no class for it."""
+    words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 def available_host_memory() -> int:

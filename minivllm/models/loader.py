@@ -1,8 +1,8 @@
 """From a Hugging Face folder to a model that is ready to run.
 
-The loader reads the headers of the safetensors files first and compares all names and shapes with
-what the layers ask for. Only a checkpoint that fits costs memory; then every tensor is read
-straight from the file into its place.
+The loader reads the headers of the safetensors files first and compares all names, shapes and
+dtypes with what the layers ask for. Only a checkpoint that fits costs memory; then every tensor is
+read straight from the file into its place.
 """
 
 import importlib
@@ -26,6 +26,9 @@ ARCHITECTURES = {
 # What a checkpoint may hold although no layer wants it: tables that we compute ourselves, and the
 # head of a tied model, which is the embedding once more.
 IGNORED = (".rotary_emb.inv_freq", "lm_head.weight")
+
+# As headers write them. Quantised weights mean nothing without their scales.
+FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def model_class(architecture: str) -> type[nn.Module]:
@@ -77,19 +80,40 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stack = ExitStack()
-        # Tensor name -> the open file that holds it.
+        # Tensor name -> the open file that holds it, and that file's name.
         self._files: dict[str, Any] = {}
+        self._places: dict[str, Path] = {}
 
     def __enter__(self) -> "Checkpoint":
         with ExitStack() as opening:
             for file in checkpoint_files(self.folder):
                 handle = opening.enter_context(_open(file))
                 self._files.update({name: handle for name in handle.keys()})
+                self._places.update({name: file for name in handle.keys()})
             self._stack = opening.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+    def check_dtypes(self, model: nn.Module) -> None:
+        """ValueError if a tensor that a layer of ``model`` wants holds no floating-point numbers.
+
+        They would be copied all the same: as numbers that mean something else.
+        """
+        wrong = []
+        for source in checkpoint_sources(model):
+            if source.name in self._files:
+                part = self._files[source.name].get_slice(source.name)
+                if part.get_dtype() not in FLOATING:
+                    wrong.append((source.name, part.get_dtype()))
+        if wrong:
+            name, dtype = wrong[0]
+            others = f" ({len(wrong) - 1} more tensors are like that)" if len(wrong) > 1 else ""
+            raise ValueError(
+                f"{name} in {self._places[name]} has dtype {dtype}{others}, which cannot be read "
+                "as weights; use a checkpoint in bfloat16, float16 or float32"
+            )
 
     def check_fit(self, model: nn.Module) -> None:
         """Compare what the layers of ``model`` want with the headers of the files.
@@ -129,6 +153,26 @@ class Checkpoint:
             part = self._files[source.name].get_slice(source.name)
             source.target.copy_(part[source.index or ...])
 
+    def check_finite(self, model: nn.Module) -> None:
+        """ValueError naming every tensor in ``model``, once it is filled, with NaN or infinity."""
+        sources = list(checkpoint_sources(model))
+        if not sources:
+            return
+        # A sum with NaN or infinity in it is never finite, and no tensor is waited for by itself.
+        # That of large numbers may overflow: only those suspects are worth a closer look.
+        sums = torch.stack([source.target.sum() for source in sources]).isfinite().tolist()
+        suspects = [source for source, finite in zip(sources, sums, strict=True) if not finite]
+        bad = [source for source in suspects if not source.target.isfinite().all()]
+        if not bad:
+            return
+        names = ", ".join(f"{source.name} ({self._places[source.name].name})" for source in bad)
+        narrow = bad[0].target.dtype == torch.float16
+        remedy = ", or choose dtype bfloat16, which holds larger numbers" if narrow else ""
+        raise ValueError(
+            f"NaN or infinity in the weights of {self.folder}: {names}; fetch the model "
+            f"again{remedy}"
+        )
+
 
 def load_model(
     folder: Path,
@@ -143,15 +187,19 @@ def load_model(
     config: what to build, read from the folder by default. dtype: of the weights and the
     computation, the checkpoint's own by default. change: is given the finished model before it is
     filled, to replace layers in it, and returns it.
-    Raises ValueError for a config or a checkpoint that cannot be used, before any memory is taken.
+    Raises ValueError for a config or a checkpoint that cannot be used, before any memory is taken,
+    and in the end for weights that are NaN or infinite.
     """
     config = config or ModelConfig.from_folder(folder)
     cls = model_class(config.architecture)
     with Checkpoint(folder) as checkpoint:
         # A model on "meta" has shapes but no memory, which is all that the check needs.
-        checkpoint.check_fit(change(cls(config, device="meta")))
+        empty = change(cls(config, device="meta"))
+        checkpoint.check_dtypes(empty)
+        checkpoint.check_fit(empty)
         model = change(cls(config, dtype=dtype or config.dtype, device=device))
         checkpoint.fill(model)
+        checkpoint.check_finite(model)
     return model.eval()
 
 
