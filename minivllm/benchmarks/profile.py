@@ -16,7 +16,17 @@ PARTS = {
     "sampling": ("sample", "argmax", "best_of"),
     "norm, RoPE, activation": ("norm", "rope", "silu"),
     "rows": ("begin_step", "finish_step", "apply_updates"),
-    "matrix products": ("gemm", "cutlass", "nvjet", "gemv", "matvec", "product", "skinny", "splitK", "cublas"),
+    "matrix products": (
+        "gemm",
+        "cutlass",
+        "nvjet",
+        "gemv",
+        "matvec",
+        "product",
+        "skinny",
+        "splitK",
+        "cublas",
+    ),
     "copies": ("memcpy", "memset", "copy"),
 }
 

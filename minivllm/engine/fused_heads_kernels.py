@@ -164,10 +164,15 @@ def qk_norm_rope_store(
     Raises:
         ValueError: if shapes, dtypes or strides do not fit together.
     """
-    num_tokens, width = qkv.shape[-2:]
     summed = qkv.dim() == 3 and qkv.dtype == torch.float32
+    if qkv.dim() != 2 and not summed:
+        raise ValueError(
+            f"qkv is {qkv.dtype} {tuple(qkv.shape)}; give [T, numbers], or float32 [parts, T, "
+            "numbers]"
+        )
+    num_tokens, width = qkv.shape[-2:]
     heads = num_heads + 2 * num_kv_heads
-    if width != heads * head_size or qkv.stride(-1) != 1 or (qkv.dim() != 2 and not summed):
+    if width != heads * head_size or qkv.stride(-1) != 1:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}; {num_heads} query and "
             f"{num_kv_heads} KV heads of {head_size} need rows of {heads * head_size} in one piece"
@@ -193,7 +198,7 @@ def qk_norm_rope_store(
         )
     q = torch.empty(num_tokens, num_heads, head_size, dtype=k_cache.dtype, device=qkv.device)
     if norm_of is not None:
-        check_norm_of(norm_of, qkv)
+        check_norm_of(norm_of, q)
     if num_tokens == 0:
         return q
     block, warps = _heads_a_program(num_tokens, heads)

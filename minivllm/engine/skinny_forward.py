@@ -114,6 +114,8 @@ class SkinnyForward:
             and rows > 1
             and runs_on_hopper(weight.device, weight.dtype, model.config.head_size)
         )
+        if rows > MOST_ROWS and not self.hopper:
+            raise ValueError(f"rows={rows} must be at most {MOST_ROWS} with hopper=False")
         # float16 might not hold what is not normalised yet.
         self.divides_late = (
             self.tuning.late

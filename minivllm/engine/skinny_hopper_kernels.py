@@ -218,8 +218,10 @@ def hopper_product(
     block = BLOCK_N.value // 2 if silu else BLOCK_N.value
     tiles = triton.cdiv(width, block)
     k_part = weight.shape[1] // parts
+    assert parts == 1 or weight.shape[1] % (parts * chunk) == 0, "parts would overlap"
     padded = max(8, triton.next_power_of_2(rows))
     share = SHARED_BYTES // min(together, triton.cdiv(tiles * parts, processors))
+    # With a single buffer a product would wait for a copy that is started after it.
     most = max(2, share // (chunk * (BLOCK_N.value + padded) * weight.element_size()))
     hopper_product_kernel[(tiles, parts)](
         _descriptor(weight, block, chunk),
@@ -234,7 +236,7 @@ def hopper_product(
         SILU=silu,
         ROWS=padded,
         CHUNK=chunk,
-        STAGES=min(stages, most, triton.cdiv(k_part, chunk)),
+        STAGES=min(max(2, stages), most, triton.cdiv(k_part, chunk)),
         SQUARES=0 if squares is None else len(squares),
         DEPENDENT=dependent,
         num_warps=4,

@@ -101,6 +101,7 @@ class SkinnyTuning:
         there it is one for every fourth (8B, 32 rows: 48 us for gate and up, and 57 with more).
         """
         programs = processors if size <= 2048 else processors / 4
+        rows = 1 << (rows - 1).bit_length()  # so that few forms of the kernels are compiled
         block = 256
         while 2 * rows * size > 3 * block * programs and block < size:
             block *= 2
