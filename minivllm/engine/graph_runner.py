@@ -15,6 +15,7 @@ tokens go to the rows all the same.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -176,6 +177,10 @@ class GraphRunner(ModelRunner):
     @torch.inference_mode()
     def _record_graphs(self) -> GraphFacts:
         started = time.perf_counter()
+        if not self.eager:
+            # Recording does both, and what they free must not be taken for memory of the graphs.
+            gc.collect()
+            torch.cuda.empty_cache()
         before = 0 if self.eager else torch.cuda.mem_get_info(self.device)[0]
         self.ladder.record()
         if self.prompts is not None:
