@@ -29,37 +29,9 @@ from minivllm.models.config import ModelConfig
 from minivllm.models.llama import LlamaForCausalLM
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAN = float("nan")
-DTYPES = [torch.float32, torch.float16]
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
-def poisoned(*shape, dtype=torch.float32):
-    return torch.full(shape, NAN, dtype=dtype, device=DEVICE)
-
-
-def assert_close(got, expected, dtype):
-    error = (got.double() - expected.double()).norm() / expected.double().norm()
-    assert error.item() <= TOLERANCE[dtype], f"relative error {error.item():.2e}"
-
-
-def int32(values):
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def silu_and_mul(x):
-    gate, up = x.double().chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 # ------------------------------------------------------------------ one row
@@ -187,36 +159,6 @@ def test_sum_and_gain_leaves_the_division_to_the_product(dtype, parts, blocks):
 # ------------------------------------------------------------------ attention
 
 
-class Sequences:
-    """Random keys and values in shuffled blocks, NaN wherever nobody's tokens lie."""
-
-    def __init__(self, lengths, *, kv_heads, head_size, block_size, dtype, layers=1):
-        self.lengths = lengths
-        self.block_size = block_size
-        used = [-(-length // block_size) for length in lengths]
-        free = torch.randperm(sum(used) + 2).tolist()
-        self.tables = torch.full((len(lengths), max(used) + 1), -1, dtype=torch.int32)
-        slots = []
-        for row, count in enumerate(used):
-            mine, free = free[:count], free[count:]
-            self.tables[row, :count] = torch.tensor(mine, dtype=torch.int32)
-            slots.append([block * block_size + i for block in mine for i in range(block_size)])
-        shape = (layers, sum(used) + 2, block_size, kv_heads, head_size)
-        self.k, self.v = (poisoned(*shape, dtype=dtype) for _ in range(2))
-        self.slots = [mine[:length] for mine, length in zip(slots, lengths, strict=True)]
-        for mine in self.slots:
-            for cache in (self.k, self.v):
-                old = mine[:-1]  # the newest token is not there yet
-                cache.flatten(1, 2)[:, old] = normal(layers, len(old), kv_heads, head_size).to(
-                    dtype
-                )
-        self.tables = self.tables.to(DEVICE)
-        self.context = int32(lengths)
-        self.positions = (self.context.long() - 1).clamp(min=0)
-        newest = [mine[-1] if mine else -1 for mine in self.slots]
-        self.slot_mapping = torch.tensor(newest, device=DEVICE)
-
-
 def expected_attention(qkv, gains, rotary, sequences, heads, eps):
     """What the model and a plain loop give: [P, H, D], and k and v of the new tokens [P, G, D]."""
     kv_heads, head_size = sequences.k.shape[-2:]
@@ -286,91 +228,6 @@ def test_attention(dtype, splits, block_size):
 
 
 # ------------------------------------------------------------------ the whole step
-
-
-TINY = ModelConfig(
-    architecture="Qwen3ForCausalLM",
-    vocab_size=24,
-    hidden_size=48,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=64,
-    max_positions=128,
-    rms_norm_eps=1e-5,
-    rope_base=1e4,
-    rope_scaling=RopeScaling(),
-    tie_embeddings=True,
-    attention_bias=False,
-    mlp_bias=False,
-    dtype=torch.float32,
-    eos_token_ids=(),
-)
-SMALL_TILES = SkinnyTuning(
-    gemv_weights=2048,
-    block_n=32,
-    block_k=32,
-    slices=2,
-    o_parts=2,
-    down_parts=1,
-    attention_tile=16,
-    attention_split=16,
-)
-
-
-def make_model(model_class, config, dtype):
-    model = model_class(config, dtype=dtype, device=DEVICE).requires_grad_(False)
-    for weight in model.parameters():
-        if weight.dim() == 1:
-            weight.normal_(1.0, 0.1)
-        else:
-            weight.normal_(0.0, weight.shape[1] ** -0.5)
-    return model
-
-
-class Step:
-    """One decode step of sequences of ``lengths``, by the model and by the kernels."""
-
-    def __init__(self, config, lengths, dtype, block_size=16):
-        sizes = {"kv_heads": config.num_kv_heads, "head_size": config.head_size}
-        made = Sequences(
-            lengths, block_size=block_size, dtype=dtype, layers=config.num_layers, **sizes
-        )
-        self.made = made
-        self.cache = PagedKVCache(config, made.k.shape[1], block_size, dtype=dtype, device=DEVICE)
-        self.cache.k, self.cache.v = made.k, made.v
-        self.ids = torch.randint(config.vocab_size, (len(lengths),), device=DEVICE)
-
-    def by_kernels(self, forward):
-        made = self.made
-        return forward(self.ids, made.positions, made.slot_mapping, made.tables, made.context)
-
-    def by_model(self, model, dtype):
-        """Logits of the real rows, computed in ``dtype`` on a copy of the cache."""
-        made, real = self.made, [i for i, length in enumerate(self.made.lengths) if length]
-        cache = replace_cache(self.cache, dtype)
-        batch = PagedBatch(
-            self.ids[real],
-            made.positions[real],
-            made.slot_mapping[real],
-            torch.arange(len(real) + 1, dtype=torch.int32, device=DEVICE),
-            made.context[real],
-            made.tables[real],
-            (1,) * len(real),
-            tuple(made.lengths[i] for i in real),
-        )
-        attend = bind_torch_attention(cache, batch, model.config.head_size**-0.5)
-        with torch.inference_mode():
-            return model.compute_logits(model(batch.input_ids, batch.positions, attend)), cache
-
-
-def replace_cache(cache, dtype):
-    copy = object.__new__(PagedKVCache)
-    copy.num_blocks, copy.block_size = cache.num_blocks, cache.block_size
-    # PyTorch's path multiplies masked values by 0, which NaN would survive.
-    copy.k, copy.v = (x.nan_to_num(0.0).to(dtype) for x in (cache.k, cache.v))
-    return copy
 
 
 @pytest.mark.parametrize("model_class", [Qwen3ForCausalLM, LlamaForCausalLM])
@@ -459,19 +316,6 @@ def test_wrong_inputs_are_named():
 # ------------------------------------------------------------------ at real sizes
 
 
-LAYERS = replace(
-    TINY,
-    vocab_size=4096,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_layers=3,
-    num_heads=16,
-    num_kv_heads=8,
-    head_size=128,
-    max_positions=4096,
-)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dependent", [False, True])
 @pytest.mark.parametrize(
@@ -511,14 +355,3 @@ def test_a_step_at_real_sizes_in_a_graph(rows, norm_inside, dependent):
     exact, _ = step.by_model(wide, torch.float32)
     graph.replay()
     assert error(logits) <= 1.5 * error(plain) + 0.01
-
-
-@pytest.mark.parametrize(
-    "size, mlp_size, parts", [(1024, 3072, 1), (2048, 6144, 1), (4096, 12288, 2), (5120, 25600, 4)]
-)
-def test_a_program_of_one_row_keeps_its_weights_in_registers(size, mlp_size, parts):
-    """Qwen3's sizes 0.6B, 1.7B, 8B and 32B: down_proj, whose rows are the longest."""
-    tuning = SkinnyTuning.for_rows(1)
-    assert tuning.parts(1, size, mlp_size, 16, 132) == parts
-    padded = 1 << (mlp_size // parts - 1).bit_length()
-    assert 2 * padded <= tuning.gemv_weights

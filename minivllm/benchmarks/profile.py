@@ -14,7 +14,7 @@ from minivllm.llm import LLM
 PARTS = {
     "attention": ("decode", "merge", "plan_kernel", "prefill", "flash", "attention"),
     "sampling": ("sample", "argmax", "best_of"),
-    "norm, RoPE, activation": ("norm", "rope", "silu"),
+    "norm, RoPE, activation": ("norm", "gain", "rope", "silu"),
     "rows": ("begin_step", "finish_step", "apply_updates"),
     "matrix products": (
         "gemm",
