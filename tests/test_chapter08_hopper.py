@@ -1,7 +1,7 @@
-"""Chapter 8: the products for 2 to 256 rows on Hopper, and the chain of kernels around them.
+"""Chapter 8: the products for 2 to 256 rows on Hopper.
 
 What a matrix unit of Hopper does, no interpreter imitates. Without such a GPU the kernel is
-compiled for one and its instructions are read; everything around it runs in Triton's interpreter.
+compiled for one and its instructions are read; the numbers are for the GPU.
 """
 
 import json
@@ -10,46 +10,25 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-from test_chapter08_skinny import (
+from skinny_helpers import (
     DEVICE,
-    LAYERS,
-    NAN,
-    SMALL_TILES,
-    TINY,
-    Step,
     assert_close,
-    make_model,
+    hopper_only,
     normal,
     poisoned,
+    silu_and_mul,
 )
 
-from minivllm.attention.flash_hopper import runs_on_hopper
-from minivllm.attention.naive import naive_attention
-from minivllm.attention.paged_triton import TritonAttention
-from minivllm.engine import skinny_forward, step_forms
-from minivllm.engine.fused_heads_kernels import qk_norm_rope_store
-from minivllm.engine.skinny_buffers import Scratch, SkinnyBuffers
-from minivllm.engine.skinny_forward import SkinnyForward
 from minivllm.engine.skinny_gemv_kernels import Stream
-from minivllm.engine.skinny_kernels import sum_and_gain, sum_and_norm
-from minivllm.engine.skinny_tuning import HOPPER_BLOCK_N, OWN_ATTENTION, SkinnyTuning
+from minivllm.engine.skinny_kernels import sum_and_norm
+from minivllm.engine.skinny_tuning import HOPPER_BLOCK_N
 from minivllm.layers.layernorm import rms_norm
-from minivllm.layers.rotary_embedding import RotaryEmbedding
-from minivllm.models.llama import LlamaForCausalLM
-from minivllm.models.qwen3 import Qwen3ForCausalLM
 
-ON_HOPPER = torch.cuda.is_available() and runs_on_hopper(torch.device("cuda"), torch.bfloat16, 128)
-hopper_only = pytest.mark.skipif(
-    not ON_HOPPER, reason="needs a GPU of compute capability 9.0, on which the kernel is compiled"
-)
-PROCESSORS = 132  # multiprocessors of an H100 or H200
 SHARED_OF_HOPPER = 227 << 10  # bytes that a program can have
 CHUNK = 128  # columns of K in a copy, unless told otherwise
 
@@ -241,6 +220,13 @@ PRODUCTS = {
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
+def assert_rounded(got, expected, dtype):
+    """``expected`` is in float64, ``got`` was rounded to ``dtype``."""
+    assert got.isfinite().all(), "something was not written, or NaN was read"
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    assert error.item() <= ROUNDING[dtype]
+
+
 def among_nan(*shape, dtype, scale=1.0):
     """Random numbers that begin at 16 bytes, and no further, with NaN on both sides."""
     numel = torch.Size(shape).numel()
@@ -270,16 +256,34 @@ def test_product(name, rows):
     expected = x.double().unflatten(1, (parts, -1)).transpose(0, 1) @ (
         weight.double().unflatten(1, (parts, -1)).permute(1, 2, 0)
     )
-    if silu:
-        gate, up = expected.chunk(2, dim=-1)
-        expected = F.silu(gate) * up
-    assert out.isfinite().all(), "something was not written, or NaN was read"
-    error = (out.double() - expected).abs().max() / expected.abs().max()
-    assert error.item() <= ROUNDING[out_dtype]
+    assert_rounded(out, silu_and_mul(expected) if silu else expected, out_dtype)
     assert flat[numel:].isnan().all(), "something behind the result was written"
     before = out.clone()
     hopper_product(weight, x, out, silu=silu, stages=stages)
     assert torch.equal(out, before)
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [2, 9, 33, 100, 200, 256])
+@pytest.mark.parametrize(("blocks", "parts", "silu"), [(1, 1, True), (4, 2, False), (20, 1, False)])
+def test_product_divides_late(rows, dtype, blocks, parts, silu):
+    """Each row by a number of its own, which rows must not mix up."""
+    from minivllm.engine.skinny_hopper_kernels import hopper_product
+
+    size, width, eps = 768, 72, 0.5
+    weight = among_nan(2 * width if silu else width, size, dtype=dtype, scale=size**-0.5)
+    x = among_nan(rows, size, dtype=dtype)
+    squares = among_nan(blocks, rows, dtype=torch.float32)
+    squares.copy_(torch.rand(blocks, rows, device=DEVICE) * size / blocks * 4)
+    out_dtype = dtype if silu else torch.float32
+    out = poisoned(parts, rows, width, dtype=out_dtype)
+    hopper_product(weight, x, out, silu=silu, squares=squares, eps=eps)
+    scale = (squares.double().sum(dim=0) / size + eps).rsqrt()
+    expected = (scale[:, None] * x.double()) @ weight.double().T
+    expected = silu_and_mul(expected) if silu else expected
+    assert_rounded(out.double().sum(dim=0), expected, out_dtype)
 
 
 @pytest.mark.gpu
@@ -298,6 +302,9 @@ def test_many_programs_share_a_multiprocessor(rows, together):
     assert torch.equal(tiles, tiles[:, :1].expand_as(tiles))
     assert_close(tiles[:, 0], x.double() @ weight[:64].double().T, torch.bfloat16)
     assert out.isfinite().all()
+
+
+# ------------------------------------------------------------------ launches that overlap
 
 
 class Chain:
@@ -347,8 +354,7 @@ class Chain:
         x = self.embedding.double()[ids]
         for first, gate_up, last in self.weights:
             x = x + norm(x) @ first.double().T
-            gate, up = (norm(x) @ gate_up.double().T).chunk(2, dim=-1)
-            x = x + (F.silu(gate) * up) @ last.double().T
+            x = x + silu_and_mul(norm(x) @ gate_up.double().T) @ last.double().T
         return norm(x)
 
 
@@ -378,30 +384,3 @@ def test_a_chain_that_overlaps_never_changes(rows, dtype):
         seen.append(result.clone())
     different = [turn for turn in range(50) if not torch.equal(seen[turn], alone[turn % 2])]
     assert not different, f"replays {different} differ from launches that do not overlap"
-
-
-@pytest.mark.gpu
-@hopper_only
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [2, 9, 33, 100, 200, 256])
-@pytest.mark.parametrize(("blocks", "parts", "silu"), [(1, 1, True), (4, 2, False), (20, 1, False)])
-def test_product_divides_late(rows, dtype, blocks, parts, silu):
-    from minivllm.engine.skinny_hopper_kernels import hopper_product
-
-    size, width, eps = 768, 72, 0.5
-    weight = among_nan(2 * width if silu else width, size, dtype=dtype, scale=size**-0.5)
-    x = among_nan(rows, size, dtype=dtype)
-    # As if each row had been multiplied by a number of its own: rows must not be mixed up.
-    squares = among_nan(blocks, rows, dtype=torch.float32)
-    squares.copy_(torch.rand(blocks, rows, device=DEVICE) * size / blocks * 4)
-    out_dtype = dtype if silu else torch.float32
-    out = poisoned(parts, rows, width, dtype=out_dtype)
-    hopper_product(weight, x, out, silu=silu, squares=squares, eps=eps)
-    scale = (squares.double().sum(dim=0) / size + eps).rsqrt()
-    expected = (scale[:, None] * x.double()) @ weight.double().T
-    if silu:
-        gate, up = expected.chunk(2, dim=-1)
-        expected = F.silu(gate) * up
-    assert out.isfinite().all(), "something was not written, or NaN was read"
-    error = (out.double().sum(dim=0) - expected).abs().max() / expected.abs().max()
-    assert error.item() <= ROUNDING[out_dtype]

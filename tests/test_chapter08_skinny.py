@@ -8,12 +8,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+from skinny_helpers import (
+    DEVICE,
+    DTYPES,
+    LAYERS,
+    NAN,
+    SMALL_TILES,
+    TINY,
+    Sequences,
+    Step,
+    assert_close,
+    int32,
+    make_model,
+    normal,
+    poisoned,
+    silu_and_mul,
+)
+
 from minivllm.attention.naive import naive_attention
-from minivllm.attention.paged import PagedBatch, PagedKVCache
-from minivllm.attention.paged_torch import bind_torch_attention
+from minivllm.attention.paged import PagedKVCache
 from minivllm.engine import (
     skinny_attention_kernels,
     skinny_gemv_kernels,
@@ -24,14 +39,27 @@ from minivllm.engine.skinny_forward import SkinnyForward
 from minivllm.engine.skinny_gemv_kernels import Stream
 from minivllm.engine.skinny_tuning import SkinnyTuning
 from minivllm.layers.layernorm import rms_norm
-from minivllm.layers.rotary_embedding import RopeScaling, RotaryEmbedding
-from minivllm.models.config import ModelConfig
+from minivllm.layers.rotary_embedding import RotaryEmbedding
 from minivllm.models.llama import LlamaForCausalLM
 from minivllm.models.qwen3 import Qwen3ForCausalLM
+
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def stream_of(parts, ids, size, dtype):
+    """The residual stream of rows ``ids``, and the float32 sum that it stands for.
+
+    It begins as rows of an embedding; behind a product it is a sum and the product's ``parts``.
+    """
+    at = torch.tensor(ids, device=DEVICE)
+    if parts:
+        stream = Stream(normal(len(ids), size), at, normal(parts, len(ids), size))
+        return stream, stream.total + stream.parts.sum(dim=0)
+    stream = Stream(normal(7, size, dtype=dtype), at)
+    return stream, stream.total[at].float()
 
 
 # ------------------------------------------------------------------ one row
@@ -61,15 +89,7 @@ def test_gemv_leaves_parts_to_be_summed(parts):
 @pytest.mark.parametrize("parts", [0, 3])
 def test_gemv_normalises_the_residual_stream(dtype, parts):
     weight, gain = normal(20, 48, dtype=dtype), normal(48, dtype=dtype)
-    if parts:
-        stream = Stream(
-            normal(1, 48), torch.zeros(1, dtype=torch.int64, device=DEVICE), normal(parts, 1, 48)
-        )
-        expected_total = stream.total + stream.parts.sum(dim=0)
-    else:
-        ids = torch.tensor([5], device=DEVICE)
-        stream = Stream(normal(7, 48, dtype=dtype), ids)
-        expected_total = stream.total[5:6].float()
+    stream, expected_total = stream_of(parts, [5], 48, dtype)
     out, total = poisoned(1, 1, 20), poisoned(1, 48)
     options = {"gain": gain, "total": total, "eps": 1e-3, "weights": 512}
     skinny_gemv_kernels.gemv(weight, stream, out, **options)
@@ -114,39 +134,39 @@ def test_skinny_product(dtype, silu, rows, parts, size):
 @pytest.mark.parametrize("parts", [0, 2])
 def test_sum_and_norm(dtype, parts):
     gain = normal(48, dtype=dtype)
-    ids = torch.tensor([2, 0, 6], device=DEVICE)
-    if parts:
-        stream = Stream(normal(3, 48), ids, normal(parts, 3, 48))
-        expected = stream.total + stream.parts.sum(dim=0)
-    else:
-        stream = Stream(normal(7, 48, dtype=dtype), ids)
-        expected = stream.total[ids].float()
+    stream, expected = stream_of(parts, [2, 0, 6], 48, dtype)
     total, out = poisoned(3, 48), poisoned(3, 48, dtype=dtype)
     skinny_kernels.sum_and_norm(stream, gain, total, out, eps=1e-3)
     assert_close(total, expected, torch.float32)
     assert_close(out, rms_norm(expected.double(), gain.double(), 1e-3), dtype)
 
 
+def check_sum_and_gain(stream, expected, gain, blocks):
+    rows, size = expected.shape
+    total, out = poisoned(rows, size), poisoned(rows, size, dtype=gain.dtype)
+    squares = poisoned(blocks, rows)
+    skinny_kernels.sum_and_gain(stream, gain, total, out, squares)
+    assert_close(total, expected, torch.float32)
+    assert_close(out, expected.double() * gain.double(), gain.dtype)
+    assert_close(squares.sum(dim=0), expected.double().square().sum(dim=1), torch.float32)
+    return out, squares
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("parts", "size", "blocks"), [(0, 48, 1), (2, 300, 2), (3, 512, 4)])
+def test_sum_and_gain(dtype, parts, size, blocks):
+    """Two programs for 300 columns, which are no power of two."""
+    gain = normal(size, dtype=dtype)
+    check_sum_and_gain(*stream_of(parts, [2, 0, 6], size, dtype), gain, blocks)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("parts", "blocks"), [(0, 1), (2, 3), (1, 1)])
 def test_sum_and_gain_leaves_the_division_to_the_product(dtype, parts, blocks):
     """The norm is whole once the squares are divided out, here by the product of one row."""
-    size = 48
-    gain = normal(size, dtype=dtype)
-    ids = torch.tensor([2, 0, 6], device=DEVICE)
-    if parts:
-        stream = Stream(normal(3, size), ids, normal(parts, 3, size))
-        expected = stream.total + stream.parts.sum(dim=0)
-    else:
-        stream = Stream(normal(7, size, dtype=dtype), ids)
-        expected = stream.total[ids].float()
-    total, out = poisoned(3, size), poisoned(3, size, dtype=dtype)
-    squares = poisoned(blocks, 3)
-    skinny_kernels.sum_and_gain(stream, gain, total, out, squares)
-    assert_close(total, expected, torch.float32)
-    assert_close(out, expected * gain, dtype)
-    assert_close(squares.sum(dim=0), expected.square().sum(dim=1), torch.float32)
-    weight = normal(10, size, dtype=dtype)
+    gain, weight = normal(48, dtype=dtype), normal(10, 48, dtype=dtype)
+    stream, expected = stream_of(parts, [2, 0, 6], 48, dtype)
+    out, squares = check_sum_and_gain(stream, expected, gain, blocks)
     for row in range(3):
         product = poisoned(1, 1, 10)
         skinny_gemv_kernels.gemv(
@@ -184,15 +204,15 @@ def expected_attention(qkv, gains, rotary, sequences, heads, eps):
 def test_attention(dtype, splits, block_size):
     """Lengths: none, one token, a part of a tile, a tile and one more, several tiles."""
     lengths, heads, kv_heads, head_size = [0, 1, 9, 18, 70], 2, 1, 64
-    sizes = {"kv_heads": kv_heads, "head_size": head_size}
-    sequences = Sequences(lengths, block_size=block_size, dtype=dtype, **sizes)
+    sequences = Sequences(
+        lengths, kv_heads=kv_heads, head_size=head_size, block_size=block_size, dtype=dtype
+    )
     rows, eps = len(lengths), 1e-4
     qkv = normal(1, rows, (heads + 2 * kv_heads) * head_size)
-    gains = [1 + 0.1 * normal(head_size) for _ in range(2)]
-    gains = [gain.to(dtype) for gain in gains]
+    gains = [(1 + 0.1 * normal(head_size)).to(dtype) for _ in range(2)]
     rotary = RotaryEmbedding(head_size, 128, 1e4, device=DEVICE)
     expected, k, v = expected_attention(qkv[0], gains, rotary, sequences, heads, eps)
-    before = sequences.k.clone()
+    before = sequences.k[0].flatten(0, 1).clone()
     out, lse = poisoned(splits, rows, heads, head_size), poisoned(splits, rows, heads)
     skinny_attention_kernels.skinny_attention(
         qkv,
@@ -214,17 +234,16 @@ def test_attention(dtype, splits, block_size):
     attended = out[0]
     if splits > 1:
         attended = poisoned(rows, heads, head_size)
-        options = {"min_split": 16}
-        skinny_split_kernels.merge_splits(out, lse, sequences.context, attended, **options)
+        skinny_split_kernels.merge_splits(out, lse, sequences.context, attended, min_split=16)
     assert attended.isfinite().all()
     assert_close(attended[1:], expected[1:], dtype)
     written = sequences.slot_mapping[1:]
-    assert_close(sequences.k[0].flatten(0, 1)[written], k[1:], dtype)
-    assert_close(sequences.v[0].flatten(0, 1)[written], v[1:], dtype)
-    others = torch.ones(before[0].flatten(0, 1).shape[0], dtype=torch.bool)
-    others[written.cpu()] = False
-    same = sequences.k[0].flatten(0, 1)[others.to(DEVICE)]
-    assert torch.equal(same.nan_to_num(7.0), before[0].flatten(0, 1)[others].nan_to_num(7.0))
+    keys, values = (cache[0].flatten(0, 1) for cache in (sequences.k, sequences.v))
+    assert_close(keys[written], k[1:], dtype)
+    assert_close(values[written], v[1:], dtype)
+    others = torch.ones(len(keys), dtype=torch.bool, device=DEVICE)
+    others[written] = False
+    assert torch.equal(keys[others].nan_to_num(7.0), before[others].nan_to_num(7.0))
 
 
 # ------------------------------------------------------------------ the whole step
@@ -239,15 +258,12 @@ def test_a_step_gives_the_models_logits(model_class, lengths, norm_inside):
     tuning = replace(SMALL_TILES, norm_inside=norm_inside, merge_inside=norm_inside)
     forward = SkinnyForward(model, step.cache, len(lengths), tuning=tuning)
     assert forward.norm_inside == forward.merge_inside == (len(lengths) == 1 and norm_inside > 0)
-    real = [i for i, length in enumerate(lengths) if length]
     expected, cache = step.by_model(model, torch.float32)
     logits = step.by_kernels(forward)
-    assert_close(logits[real], expected, torch.float32)
+    assert_close(logits[step.real], expected, torch.float32)
     assert logits.data_ptr() == step.by_kernels(forward).data_ptr()
-    assert_close(logits[real], expected, torch.float32)
-    slots = step.made.slot_mapping[real]
-    for mine, theirs in ((step.cache.k, cache.k), (step.cache.v, cache.v)):
-        assert_close(mine.flatten(1, 2)[:, slots], theirs.flatten(1, 2)[:, slots], torch.float32)
+    assert_close(logits[step.real], expected, torch.float32)
+    step.assert_stored(cache)
 
 
 @pytest.mark.parametrize("lengths", [[18], [18, 3]])
