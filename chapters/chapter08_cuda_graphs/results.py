@@ -20,6 +20,7 @@ LARGER = FOLDER / "latency_8b_h200.json", FOLDER / "throughput_8b_h200.json"
 # What earlier chapters measured on the same kind of GPU.
 FORMS = FOLDER.parent / "chapter01_layers" / "forms_gpu.json"
 STEPS = FOLDER.parent / "chapter03_naive_attention" / "steps_gpu.json"
+NAMED_PARTS = ("matrix products", "attention", "norm, RoPE, activation", "rows", "sampling")
 OPERATIONS = 9  # of add_rms_norm in plain PyTorch, which chapter 1 counts
 
 
@@ -95,8 +96,9 @@ def profile_table() -> str:
     row("from step to step, ms", [f"{p['step_ms']:.2f}" for p in found.values()])
     row("GPU busy, ms", [f"{p['busy_ms']:.2f}" for p in found.values()])
     row("GPU idle", [f"{p['idle_share']:.0%}" for p in found.values()])
-    for part in ("matrix products", "attention", "norm, RoPE, activation", "rows"):
+    for part in NAMED_PARTS:
         row(f"{part}, ms", [_part(profile, part) for profile in found.values()])
+    row("all else, ms", [_rest(profile) for profile in found.values()])
     note = f"{report['model']} shapes, bfloat16; {of(report)}."
     if any(" – |" in line for line in rows):
         note += " –: done inside the others."
@@ -107,6 +109,11 @@ def _part(profile: dict[str, Any], part: str) -> str:
     """Milliseconds of a part, or a dash where no kernel does only that."""
     ms = profile["parts_ms"].get(part)
     return "–" if ms is None else f"{ms:.3f}"
+
+
+def _rest(profile: dict[str, Any]) -> str:
+    """Milliseconds of the parts that have no row."""
+    return f"{sum(ms for part, ms in profile['parts_ms'].items() if part not in NAMED_PARTS):.3f}"
 
 
 def folding() -> str:

@@ -156,9 +156,11 @@ def _agreement() -> str:
 
 # With what a layer does next, the addition to the residual stream and the norm: one behind the
 # other, with no kernel between them, NCCL's sums take twice as long. NCCL's also copy their input.
+# The last leaves the norm's division to the product behind it, and makes many programs of a row.
 SUMS = {
     "nccl, add and norm": "NCCL, and a kernel",
     "one-shot add and norm, 16 warps": "one of ours",
+    "one-shot parts, gain": "ours, divided later",
 }
 
 
@@ -173,10 +175,13 @@ def sums() -> dict[int, dict[str, list[float]]]:
 def sums_alone() -> list[str]:
     """What a sum of one token takes, in a sentence, if the report says it."""
     parts = [
-        f"{' and '.join(f'{us[name][0]:.1f}' for name in SUMS)} µs on {size} GPUs"
+        f"{', '.join(f'{us[name][0]:.1f}' for name in SUMS)} µs on {size} GPUs"
         for size, us in sums().items()
     ]
-    said = "One token's sum, addition and norm, with NCCL (and a copy) and in a launch of our own: "
+    said = (
+        "One token's sum, addition and norm, with NCCL (and a copy), in a launch of our own, and in "
+        "one that leaves the norm's division to the product behind: "
+    )
     return ["", f"{said}{'; '.join(parts)}."] if parts else []
 
 
