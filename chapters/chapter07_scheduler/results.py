@@ -1,8 +1,9 @@
-"""The measured tables of chapter 7's text, made from the report beside this file.
+"""The measured tables of chapter 7's text, made from the reports beside this file.
 
     python -m chapters.chapter07_scheduler.results    # writes them into README.md
 
-``measure --json`` makes the report.
+``measure --json`` makes the CPU's report, ``minivllm bench serve-sim --shapes Qwen3-0.6B --policy
+POLICY --output served_h200_POLICY.json`` the GPU's, one for each policy.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 RESULT = FOLDER / "served_cpu.json"
+POLICIES = ("prefill_first", "mixed")
 
 
 def tables() -> dict[str, str]:
@@ -37,7 +39,31 @@ def tables() -> dict[str, str]:
         )
     torch, date = content["versions"]["torch"], content["date"].split()[0]
     gaps += ["", f"Both: {content['device']}; CPU seconds, float32, torch {torch}, {date}."]
-    return {"batches": "\n".join(batches), "gaps": "\n".join(gaps)}
+    return {"batches": "\n".join(batches), "gaps": "\n".join(gaps), "arrivals": arrivals()}
+
+
+def arrivals() -> str:
+    """Requests that arrive over time on a GPU, by policy."""
+    rows = [
+        "| policy | requests a second | first token | its p99 | usual gap | p99 | longest |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for policy in POLICIES:
+        report = json.loads((FOLDER / f"served_h200_{policy}.json").read_text(encoding="utf-8"))
+        for run in report["runs"]:
+            first, between = run["first_token_ms"], run["between_tokens_ms"]
+            cells = [first["p50"], first["p99"], between["p50"], between["p99"], between["p100"]]
+            numbers = " | ".join(f"{cell:.1f}" for cell in cells)
+            rows.append(f"| {policy} | {run['rate_per_s']:.0f} | {numbers} |")
+    load = report["arrivals"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"({load['requests']} requests a rate, {load['long_requests']} of them long; "
+            f"{report['model']}, chapter 8's runner; {report['device']}, {report['date'][:10]}.)",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ LARGER = FOLDER / "latency_8b_h200.json", FOLDER / "throughput_8b_h200.json"
 # What earlier chapters measured on the same kind of GPU.
 FORMS = FOLDER.parent / "chapter01_layers" / "forms_gpu.json"
 STEPS = FOLDER.parent / "chapter03_naive_attention" / "steps_gpu.json"
-NAMED_PARTS = ("matrix products", "attention", "norm, RoPE, activation", "rows", "sampling")
+NAMED_PARTS = ("matrix products", "attention", "norm, RoPE, activation", "rows")
 OPERATIONS = 9  # of add_rms_norm in plain PyTorch, which chapter 1 counts
 
 
@@ -98,7 +98,7 @@ def profile_table() -> str:
     row("GPU idle", [f"{p['idle_share']:.0%}" for p in found.values()])
     for part in NAMED_PARTS:
         row(f"{part}, ms", [_part(profile, part) for profile in found.values()])
-    row("all else, ms", [_rest(profile) for profile in found.values()])
+    row("else, ms", [_rest(profile) for profile in found.values()])
     note = f"{report['model']} shapes, bfloat16; {of(report)}."
     if any(" – |" in line for line in rows):
         note += " –: done inside the others."

@@ -179,8 +179,8 @@ def sums_alone() -> list[str]:
         for size, us in sums().items()
     ]
     said = (
-        "One token's sum, addition and norm, with NCCL (and a copy), in a launch of our own, and in "
-        "one that leaves the norm's division to the product behind: "
+        "One token's sum, addition and norm by NCCL (and a copy), by a kernel of ours, and by one "
+        "whose division the next product does: "
     )
     return ["", f"{said}{'; '.join(parts)}."] if parts else []
 
