@@ -266,28 +266,6 @@ def test_a_step_gives_the_models_logits(model_class, lengths, norm_inside):
     step.assert_stored(cache)
 
 
-@pytest.mark.parametrize("lengths", [[18], [18, 3]])
-def test_reduce_sees_what_o_and_down_give(lengths):
-    """Two ranks that hold the same weights would double both; halving the weights undoes it."""
-    config = replace(TINY, num_layers=1)
-    model = make_model(Qwen3ForCausalLM, config, torch.float32)
-    step = Step(config, lengths, torch.float32)
-    expected, _ = step.by_model(model, torch.float32)
-    layer = model.model.layers[0]
-    layer.self_attn.o_proj.weight.mul_(0.5)
-    layer.mlp.down_proj.weight.mul_(0.5)
-    shapes = []
-
-    def double(x):
-        shapes.append((tuple(x.shape), x.dtype))
-        return x * 2
-
-    rows = len(lengths)
-    forward = SkinnyForward(model, step.cache, rows, reduce=double, tuning=SMALL_TILES)
-    assert_close(step.by_kernels(forward), expected, torch.float32)
-    assert shapes == [((rows, TINY.hidden_size), torch.float32)] * 2
-
-
 @pytest.mark.parametrize(
     ("change", "rows", "word"),
     [

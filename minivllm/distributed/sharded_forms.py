@@ -17,7 +17,8 @@ from minivllm.engine.device_rows import StepInputs
 from minivllm.engine.fused_forward import AttendStored, FusedForward
 from minivllm.engine.model_runner import ModelRunner
 from minivllm.engine.skinny_buffers import Scratch
-from minivllm.engine.skinny_forward import SkinnyForward, StepTables
+from minivllm.engine.skinny_forward import SkinnyForward
+from minivllm.engine.skinny_links import StepTables
 from minivllm.engine.skinny_tuning import SkinnyTuning
 from minivllm.engine.step_forms import Draw, StepForms, decode_batch, run_chain, skinny_places
 from minivllm.layers.layernorm import RMSNorm
@@ -126,7 +127,7 @@ class ShardedForward(FusedForward):
 
 
 def chain_places(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """As :func:`skinny_places`; but the chain's sums travel in float32, which pays for few only."""
+    """As :func:`skinny_places`, but no more than has been measured on several ranks."""
     return min(32, skinny_places(config, dtype, device))
 
 
@@ -136,7 +137,7 @@ WHOLE_ROWS = 2048
 
 
 class SkinnyShard(SkinnyForward):
-    """The chain of small batches on one rank, which embeds tokens with the others' help."""
+    """The chain of small batches on one rank, whose sums, of embeddings too, are the ranks'."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class SkinnyShard(SkinnyForward):
     ) -> None:
         """See :class:`SkinnyForward`; logits are those of this rank's tokens."""
         size = model.config.hidden_size
-        # What is summed over the ranks, is normalised at once: never by the products themselves.
+        # Sums over the ranks have kernels of their own in any case, which make the norm as well.
         tuning = replace(SkinnyTuning.for_rows(rows), norm_inside=0, merge_inside=size)
         if rows == 1 and size <= WHOLE_ROWS:
             tuning = replace(tuning, late=False)

@@ -38,10 +38,8 @@ from minivllm.attention.flash_hopper_kernels import copy_in
 from minivllm.engine.skinny_split_kernels import launch_options
 from minivllm.engine.skinny_tuning import HOPPER_BLOCK_N
 
-SHARED_BYTES = 220 << 10  # that a program can have
-BLOCK_N = gl.constexpr(
-    HOPPER_BLOCK_N
-)  # rows of the weights of a program: what one wgmma instruction takes
+SHARED_BYTES = 220 << 10  # of a multiprocessor, for buffers
+BLOCK_N = gl.constexpr(HOPPER_BLOCK_N)
 
 
 @gluon.jit

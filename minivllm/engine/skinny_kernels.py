@@ -19,7 +19,7 @@ programs; where there are more tiles than programs, it goes on to tile + number 
 
 ``skinny_kernel`` (2 to 64 rows) has the same tiles. Within a program, SLICES of K are multiplied
 side by side, one by each warp, and added at the end: a warp alone would have to go through a long
-chain of small tensor-core products.
+chain of small tensor-core products. On Hopper ``skinny_hopper_kernels.py`` has a better way.
 
 Sources: NVIDIA, "Programmatic Dependent Launch and Synchronization" (CUDA programming guide);
 Osama et al., "Stream-K" (2023), for splitting K.
