@@ -25,7 +25,7 @@ from skinny_helpers import (
 )
 
 from minivllm.engine.skinny_gemv_kernels import Stream
-from minivllm.engine.skinny_kernels import sum_and_norm
+from minivllm.engine.skinny_sum_kernels import sum_and_norm
 from minivllm.engine.skinny_tuning import HOPPER_BLOCK_N
 from minivllm.layers.layernorm import rms_norm
 

@@ -34,6 +34,7 @@ from minivllm.engine import (
     skinny_gemv_kernels,
     skinny_kernels,
     skinny_split_kernels,
+    skinny_sum_kernels,
 )
 from minivllm.engine.skinny_forward import SkinnyForward
 from minivllm.engine.skinny_gemv_kernels import Stream
@@ -136,7 +137,7 @@ def test_sum_and_norm(dtype, parts):
     gain = normal(48, dtype=dtype)
     stream, expected = stream_of(parts, [2, 0, 6], 48, dtype)
     total, out = poisoned(3, 48), poisoned(3, 48, dtype=dtype)
-    skinny_kernels.sum_and_norm(stream, gain, total, out, eps=1e-3)
+    skinny_sum_kernels.sum_and_norm(stream, gain, total, out, eps=1e-3)
     assert_close(total, expected, torch.float32)
     assert_close(out, rms_norm(expected.double(), gain.double(), 1e-3), dtype)
 
@@ -145,7 +146,7 @@ def check_sum_and_gain(stream, expected, gain, blocks):
     rows, size = expected.shape
     total, out = poisoned(rows, size), poisoned(rows, size, dtype=gain.dtype)
     squares = poisoned(blocks, rows)
-    skinny_kernels.sum_and_gain(stream, gain, total, out, squares)
+    skinny_sum_kernels.sum_and_gain(stream, gain, total, out, squares)
     assert_close(total, expected, torch.float32)
     assert_close(out, expected.double() * gain.double(), gain.dtype)
     assert_close(squares.sum(dim=0), expected.double().square().sum(dim=1), torch.float32)

@@ -60,7 +60,7 @@ class Exchange:
         parts: float32 [parts, P, E] of every rank.
         """
         from minivllm.engine.skinny_gemv_kernels import Stream
-        from minivllm.engine.skinny_kernels import sum_and_norm
+        from minivllm.engine.skinny_sum_kernels import sum_and_norm
 
         stream = Stream(residual, None, self.sum_parts(parts))
         sum_and_norm(stream, norm.weight, total, out, eps=norm.eps, dependent=self.pdl)

@@ -103,7 +103,7 @@ class SkinnyLinks:
 
     def _sum_and_norm(self, norm: RMSNorm, stream: Stream) -> torch.Tensor:
         """normed = norm(stream); returns the stream's sum."""
-        from minivllm.engine.skinny_kernels import sum_and_norm
+        from minivllm.engine.skinny_sum_kernels import sum_and_norm
 
         total = self._other_total(stream)
         dependent = self.dependent and stream.parts is not None  # as above
@@ -122,7 +122,7 @@ class SkinnyLinks:
 
     def _sum_and_gain(self, norm: RMSNorm, stream: Stream, total: torch.Tensor) -> torch.Tensor:
         """total = the stream's sum; normed = that times the norm's weight; returns its squares."""
-        from minivllm.engine.skinny_kernels import sum_and_gain
+        from minivllm.engine.skinny_sum_kernels import sum_and_gain
 
         buffers = self.buffers
         sum_and_gain(
