@@ -70,9 +70,9 @@ def sum_and_gain_kernel(
     PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Columns ``program_id(1)`` * BLOCK and on of row ``program_id(0)``, as sum_and_norm_kernel has.
+    """Columns ``program_id(1)`` * BLOCK and on of row ``program_id(0)``, as above, but not divided.
 
-    out: total * gain, not divided; squares [programs of a row, rows]: what each program's squares
+    out: total * gain; squares [programs of a row, rows]: what each program's squares
     add up to.
     """
     row = tl.program_id(0)
