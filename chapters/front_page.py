@@ -187,6 +187,13 @@ def _command(result: dict[str, Any]) -> str:
     return f"`minivllm {' '.join(words)}`"
 
 
+def _weights(result: dict[str, Any]) -> str:
+    """Of which model a ladder is, and whether its weights are random."""
+    model, dtype = result["model"], result["dtype"]
+    random = "--shapes" in result["command"]
+    return f"random {dtype} weights in the shapes of {model}" if random else f"{model} in {dtype}"
+
+
 def ladders() -> str:
     """The pictures of the ladder that are there, each with its figures as text."""
     parts = []
@@ -207,7 +214,7 @@ def ladders() -> str:
             f"![Output tokens a second, chapter by chapter: {rungs}]"
             f"({picture.relative_to(ROOT).as_posix()})\n\n"
             f"{work['requests']} requests, {work['input_tokens']:,} tokens in and "
-            f"{work['output_tokens']:,} out, with {result['model']} in {result['dtype']} on "
+            f"{work['output_tokens']:,} out, with {_weights(result)} on "
             f"{result['device']}; torch {result['versions']['torch']}, {_day(result)}, by "
             f"{_command(result)}, which compares every token with chapter 2's model."
         )
@@ -234,7 +241,7 @@ def rungs(number: int) -> str:
         lines.append(f"{label:34}" + "".join(f"{rate:>13}" for rate in rates))
     lines.append("")
     for head, ladder in zip(heads, ladders, strict=True):
-        lines.append(f"{head}: {ladder['model']}, {ladder['dtype']}, {_day(ladder)}")
+        lines.append(f"{head}: {_weights(ladder)}, {_day(ladder)}")
     return "\n".join(["```text", *lines, "```"])
 
 

@@ -157,6 +157,9 @@ def test_what_failed_is_measured_when_the_run_is_resumed(
     monkeypatch.setattr(sys, "argv", ["x"])
     output = tmp_path / "report.json"
     arguments = ["--device", "cpu", "--batch", "1", "--output", str(output)]
+    with pytest.raises(ValueError, match="without a GPU, say which shapes"):
+        tensor_parallel.main(arguments)
+    arguments += ["--shapes", "Qwen3-8B"]
     assert tensor_parallel.main(arguments) == 1
     stages = ["Qwen3-8B on 2", "float32 on 2", "Qwen3-8B on 1", "float32 on 1"]
     assert ran == [*stages, "check of Qwen3-8B"]

@@ -133,17 +133,20 @@ def gpu_table() -> str:
 
 def _agreement() -> str:
     """What the same run compared tokens with."""
-    text, notes = "", []
+    text, notes, missing = "", [], []
     for report in reports():
         checks = report.get("checks", {})
         if checks and all(check["agrees"] for check in checks.values()):
             worst = min(check["likeliest_share"] for check in checks.values())
             notes.append(f"at least {worst:.0%} of {report['model']}'s")
+        else:
+            missing.append(f"{report['model']}'s")
     if notes:
         text += (
             f" Of greedy tokens, {' and '.join(notes)} are the likeliest of chapter 2's model in "
         )
-        text += "float32, the others but for rounding."
+        text += "float32, the others but for rounding"
+        text += f"; {' and '.join(missing)} were not compared." if missing else "."
     equal = read(GPUS).get("float32", {}).get("equal", {})
     if len(equal) > 1 and all(all(kinds.values()) for kinds in equal.values()):
         sizes = " and ".join(sorted(equal, key=int))
@@ -179,8 +182,8 @@ def sums_alone() -> list[str]:
         for size, us in sums().items()
     ]
     said = (
-        "One token's sum, addition and norm by NCCL (and a copy), by a kernel of ours, and by one "
-        "whose division the next product does: "
+        "One token's sum, addition and norm: NCCL (and a copy), our kernel, and one "
+        "that leaves the division to the next product: "
     )
     return ["", f"{said}{'; '.join(parts)}."] if parts else []
 

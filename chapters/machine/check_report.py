@@ -37,6 +37,8 @@ def print_check(
         screen.line(screen.paint("The tests could not run:", "red"))
         for row in report.broken.splitlines():
             screen.line(f"  {row}")
+        if "No module named" in report.broken and "minivllm" not in report.broken:
+            screen.paragraph("This Python lacks what the course needs: put `uv run` in front.", 2)
     screen.line()
     width = max((len(found.task.title) for found in standings), default=0)
     after_paragraph = False

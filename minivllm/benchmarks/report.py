@@ -17,7 +17,9 @@ def machine_facts() -> dict[str, Any]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        named = "1 thread" if threads == 1 else f"{threads} threads"
+        device = f"{_processor()}, {os.cpu_count()} cores, {named}"
     return {
         "device": device,
         "versions": {

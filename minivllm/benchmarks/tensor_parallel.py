@@ -60,7 +60,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shapes", choices=SHAPES, nargs="+", default=["Qwen3-8B"])
+    parser.add_argument("--shapes", choices=SHAPES, nargs="+", help="(on GPUs: Qwen3-8B)")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 32])
     parser.add_argument("--tokens", type=positive, default=128, help="decoded in each measurement")
@@ -84,6 +84,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.finish and not given.resume:
         raise ValueError("--finish puts together what a report holds; name it with --resume")
+    if given.shapes is None:
+        alone = not torch.cuda.is_available() or given.device == "cpu"
+        if alone and not given.finish:
+            raise ValueError(
+                "without a GPU, say which shapes are not too large: for example --shapes Qwen3-0.6B"
+            )
+        given.shapes = ["Qwen3-8B"]
     return given
 
 

@@ -1,4 +1,4 @@
-"""What a decode step asks of the other ranks, by the collectives of their group.
+"""What a step asks of the other ranks, by the collectives of their group.
 
 Any number of tokens, any device that our kernels run on, any number of hosts. :mod:`one_shot` does
 the same faster for few tokens on one host, and falls back to this.

@@ -8,6 +8,9 @@ told in ``one_shot_kernels.py``.
     o_proj    | all-reduce | add + RMSNorm |   gate and up ...        three launches
     o_proj    |  sum, add and norm  |          gate and up ...        two
 
+For the chain of few rows (``engine/skinny_forward.py``) the same launch first adds up the parts of
+a product, and leaves the norm's division to the product behind it.
+
 What is sent grows with the number of ranks here (each sends all it has to all others), so sums of
 many tokens are left to NCCL, whose rings share the work out.
 """

@@ -181,12 +181,6 @@ class SkinnyShard(SkinnyForward):
                 return self._one_row(stream, tables)
             return self._more_rows(stream, tables, attend)
 
-    def _stream(self, stream: Stream, total: torch.Tensor, parts: torch.Tensor) -> Stream:
-        from minivllm.engine.skinny_gemv_kernels import Stream
-
-        # The ranks' sum is left to whoever makes the norm of it.
-        return Stream(total, stream.ids, parts)
-
     def _sum_and_gain(self, norm: RMSNorm, stream: Stream, total: torch.Tensor) -> torch.Tensor:
         if stream.parts is None:
             return super()._sum_and_gain(norm, stream, total)

@@ -36,7 +36,7 @@ class SkinnyBuffers:
     """What the kernels of P rows hand to each other.
 
     totals: two float32 [P, E], the residual stream; normed: [P, E], its norm; squares: float32 [n,
-    P], by which that is yet to be divided (see ``sum_and_gain``). qkv: float32 [parts,
+    P], from which the division still to come is made (see ``sum_and_gain``). qkv: float32 [parts,
     P, (H + 2 G) * D]. splits: float32 [splits, P, H, D], or [1, P, H, D] that needs no merge
     (``direct``), and lse: float32 [splits, P, H]; attended: [P, H, D], merged. act: [1, P, F].
     o_parts, down_parts: float32 [parts, P, E].

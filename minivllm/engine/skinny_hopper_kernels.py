@@ -1,9 +1,10 @@
 """Products of a matrix with up to 256 rows on Hopper: weights by the copy engine, before the wait.
 
-The same products, tiles and parts as in ``skinny_kernels.py``. There each program keeps its weights
-in registers, multiplies 16 rows of them by all rows of x, and so reads more of x than of weights
-from 16 rows of x on. Here the copy engine (TMA) brings both factors into shared memory in the order
-in which the matrix unit wants them, and a program takes 64 rows of the weights:
+The same products as in ``skinny_kernels.py``, cut into tiles and parts in the same way, but of
+other sizes. There each program keeps its weights in registers, 16 rows of them, and multiplies them
+by all rows of x: with more than 16 of those it reads more of x than of weights. Here the copy
+engine (TMA) brings both factors into shared memory in the order in which the matrix unit wants
+them, and a program takes 64 rows of the weights:
 
     before the wait     weights  chunk 0, 1, 2, ...  of K      as many as there are buffers
     after it            x        chunk 0, 1, 2, ...

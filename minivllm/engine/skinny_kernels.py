@@ -1,16 +1,16 @@
 """Matrix products for a handful of rows: the weights are read once, and everything else waits.
 
-With one row in flight a layer is a chain of five products of a matrix and a vector. Reading the
-matrices takes the time; what is left to win lies between the kernels. So each kernel loads its
+With one row in flight a layer is four products of a matrix and a vector, and attention. Reading
+the matrices takes the time; what is left to win lies between the kernels. So each kernel loads its
 piece of the weights BEFORE it waits for the kernel in front ("programmatic dependent launch"):
 while one kernel finishes, the registers of the next are already full.
 
     kernel n     |- load weights -|- wait -|- read x, multiply, write -|
     kernel n+1         |- load weights -|-------- wait --------|- read x, multiply, write -|
 
-The weights [N, K] of a product, and who owns what. A program of ``gemv_kernel`` (one row) takes
-BLOCK_N rows over the whole K, or over one of K_PARTS parts of it when N alone gives too few
-programs; where there are more tiles than programs, it goes on to tile + number of programs.
+The weights [N, K] of a product, and who owns what. A program of ``gemv_kernel`` (one row, see
+``skinny_gemv_kernels.py``) takes BLOCK_N rows over the whole K, or over one of K_PARTS parts of it
+when N alone gives too few programs.
 
                K ->    part 0        part 1
     N     tile 0   [ (0, 0) ]    [ (0, 1) ]        program (tile, part)
