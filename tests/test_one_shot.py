@@ -153,10 +153,13 @@ def test_a_token_is_embedded_by_the_rank_that_owns_it() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("parts", "rows"), [(1, 1), (3, 1), (2, 2)])
-def test_parts_come_with_residual_and_gain(parts: int, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("parts", "rows", "width"), [(1, 1, 1024), (3, 1, 48), (2, 2, 1024), (1, 2, 896)]
+)
+def test_parts_come_with_residual_and_gain(
+    parts: int, rows: int, width: int, dtype: torch.dtype
+) -> None:
     """Sums of one row and of more take turns, and do not read each other's words."""
-    width = 1024
     host = Host(3, dtype, width=width)
     gain = random(width, dtype=dtype, seed=1)
     for step, count in enumerate((rows, 3 - rows, rows)):
@@ -180,6 +183,37 @@ def test_parts_come_with_residual_and_gain(parts: int, rows: int, dtype: torch.d
             torch.testing.assert_close(total, expected, rtol=close, atol=close)
             assert torch.equal(out, (total * gain).to(dtype))
             torch.testing.assert_close(squares.sum(dim=0), total.square().sum(dim=1))
+
+
+class Counting(Rank):
+    """A group of one rank, which counts the sums that it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+        self.sums = 0
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.sums += 1
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("parts", "rows", "width"), [(1, 1, 48), (3, 2, 1024), (2, 3, 896), (4, 4, 5120)]
+)
+def test_parts_by_collectives(parts: int, rows: int, width: int, dtype: torch.dtype) -> None:
+    """What ranks do that share no memory; the last sum is large enough to be made smaller first."""
+    residual = random(rows, width, dtype=torch.float32, seed=1)
+    every = random(parts, rows, width, dtype=torch.float32, seed=2)
+    gain = random(width, dtype=dtype, seed=3)
+    total = torch.full_like(residual, float("nan"))
+    out = torch.full_like(residual, float("nan"), dtype=dtype)
+    group = Counting()
+    squares = Exchange(group).add_gain_of_parts(every, residual, gain, total, out)
+    assert group.sums == 1
+    torch.testing.assert_close(total, residual + every.sum(dim=0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, (total * gain).to(dtype))
+    torch.testing.assert_close(squares.sum(dim=0), total.square().sum(dim=1))
 
 
 def test_the_norm_of_parts_is_made_at_once() -> None:

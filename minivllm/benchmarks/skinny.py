@@ -26,6 +26,7 @@ from minivllm.attention.paged_torch import bind_torch_attention
 from minivllm.attention.paged_triton import TritonAttention
 from minivllm.benchmarks import harness
 from minivllm.benchmarks.report import write_report
+from minivllm.cli_flags import positive
 from minivllm.engine.skinny_forward import SkinnyForward
 from minivllm.engine.skinny_tuning import SkinnyTuning
 from minivllm.layers.rotary_embedding import RopeScaling
@@ -330,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", choices=list(SHAPES), default="0.6B")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=256, help="tokens of each sequence")
-    parser.add_argument("--longest", type=int, default=0, help="tokens of the first one")
+    parser.add_argument("--longest", type=positive, help="tokens of the first one")
     parser.add_argument("--try", dest="variants", nargs="+", default=[], metavar="NAME=VALUE,...")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds of timing for each")
     parser.add_argument("--no-check", action="store_true")

@@ -78,9 +78,13 @@ class Exchange:
         parts: float32 [parts, P, E] of every rank; gain: [E]. out: [P, E], becomes total * gain.
         Returns float32 [n, P], which add up to the sum of the squares of each row of total.
         """
-        torch.add(residual, self.sum_parts(parts).sum(dim=0), out=total)
-        out.copy_(total * gain)
-        return total.square().sum(dim=1)[None]
+        from minivllm.engine.skinny_gemv_kernels import Stream
+        from minivllm.engine.skinny_sum_kernels import sum_and_gain
+
+        stream = Stream(residual, None, self.sum_parts(parts))
+        squares = total.new_empty(1, len(total))
+        sum_and_gain(stream, gain, total, out, squares, dependent=self.pdl)
+        return squares
 
     def embed(
         self, embedding: VocabularyParallelEmbedding, ids: torch.Tensor, norm: RMSNorm | None

@@ -30,8 +30,8 @@ from minivllm.layers.layernorm import RMSNorm
 # Up to how many bytes of x a sum is faster than NCCL's and the norm behind it, by ranks: measured
 # with ``benchmarks/exchange.py`` on 2 and 4 H200s; for 8, half of what 4 can have.
 MOST_BYTES = {2: 1 << 21, 4: 1 << 19, 8: 1 << 18}
-# Numbers of a row that a program of ``sum_parts_kernel`` takes, and its warps: where there is one
-# row, all is latency, and where there are more, their programs should not be too many.
+# Numbers of a row that a program of ``sum_parts_kernel`` takes at most, and its warps: with one row
+# all is latency, and with more their programs should not be too many.
 PARTS_A_PROGRAM = {"one row": (128, 1), "parts": (512, 2)}
 # Rows that a program of ``best`` takes.
 ROW_BLOCK = 32
@@ -68,7 +68,7 @@ class OneShot(Exchange):
         most_rows: the most tokens T of a sum. most_parts: the most rows P of
             :meth:`add_gain_of_parts`. most_sampled: the most rows of :meth:`best`.
         device: this rank's.
-        row_warps: of a program of :meth:`add_norm` and :meth:`embed`; by width when 0.
+        row_warps: of a program that sums a whole row; by width when 0.
     """
 
     name = "one-shot"
@@ -97,12 +97,16 @@ class OneShot(Exchange):
         self._row_warps = row_warps or min(max(self._row_block // 256, 1), 16)
         self._stop = stop
         self._memory: SharedMemory | None = None
+        # A program's numbers lie in one row.
+        self._part_blocks = {
+            name: min(block, width & -width) for name, (block, _) in PARTS_A_PROGRAM.items()
+        }
         self._channels: dict[str, Channel] = {}
         offset = 0
         for name, programs, slot, word_bytes in (
             ("rows", most_rows, most_rows * width, 2 * dtype.itemsize),
             *(
-                (name, rows * width // PARTS_A_PROGRAM[name][0], rows * width, 2 * dtype.itemsize)
+                (name, rows * width // self._part_blocks[name], rows * width, 2 * dtype.itemsize)
                 for name, rows in (("one row", 1), ("parts", most_parts))
             ),
             ("best", -(-most_sampled // ROW_BLOCK), 2 * most_sampled, 8),
@@ -177,8 +181,8 @@ class OneShot(Exchange):
         rows = len(out)
         # Their programs take different numbers, so they must not use each other's places.
         name = "one row" if rows == 1 else "parts"
-        block, warps = PARTS_A_PROGRAM[name]
-        if rows > self.most_parts or self.width % block:
+        block, warps = self._part_blocks[name], PARTS_A_PROGRAM[name][1]
+        if rows > self.most_parts:
             return super().add_gain_of_parts(parts, residual, gain, total, out)
         blocks = self.width // block
         squares = torch.empty(blocks, rows, dtype=torch.float32, device=self.device)

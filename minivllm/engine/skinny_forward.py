@@ -10,7 +10,7 @@ What o and down give is left in parts, which the next one adds to the residual s
 For one row, each program of qkv and gate-up does it for itself, with the norm, and each program of
 o the merge. It reads the whole row for that. Of several rows, or a wide one, that would be as much
 as it has weights: then there are kernels of their own (``benchmarks/skinny.py --shapes 8B --batch 1
---try norm_inside=4096`` measures both). In bfloat16 (of several rows: on Hopper) these only
+--try norm_inside=4096`` measures both). In bfloat16, for one row or on Hopper, these only
 multiply the norm's weights, and the products divide, see ``skinny_sum_kernels.py``. SiLU is part of
 gate-up. Norms of the heads, RoPE and the store of K and V are part of attention; but the attention
 for many sequences, which shares work out more evenly, has them in front. The head of several rows

@@ -177,11 +177,11 @@ class Stream:
     """The residual stream of P rows: what it was, and what has to be added to it.
 
     total: float32 [P, E]; where parts is None, the embedding [V, E], read at ids.
-    ids: int64 [P]. parts: float32 [parts, P, E].
+    ids: int64 [P], None where there are parts. parts: float32 [parts, P, E].
     """
 
     total: torch.Tensor
-    ids: torch.Tensor
+    ids: torch.Tensor | None
     parts: torch.Tensor | None = None
 
     @property
