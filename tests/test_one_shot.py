@@ -185,18 +185,6 @@ def test_parts_come_with_residual_and_gain(
             torch.testing.assert_close(squares.sum(dim=0), total.square().sum(dim=1))
 
 
-class Counting(Rank):
-    """A group of one rank, which counts the sums that it is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(0, 1)
-        self.sums = 0
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        self.sums += 1
-        return x
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("parts", "rows", "width"), [(1, 1, 48), (3, 2, 1024), (2, 3, 896), (4, 4, 5120)]
@@ -208,7 +196,7 @@ def test_parts_by_collectives(parts: int, rows: int, width: int, dtype: torch.dt
     gain = random(width, dtype=dtype, seed=3)
     total = torch.full_like(residual, float("nan"))
     out = torch.full_like(residual, float("nan"), dtype=dtype)
-    group = Counting()
+    group = Alone()
     squares = Exchange(group).add_gain_of_parts(every, residual, gain, total, out)
     assert group.sums == 1
     torch.testing.assert_close(total, residual + every.sum(dim=0), rtol=1e-5, atol=1e-5)
