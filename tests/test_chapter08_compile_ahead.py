@@ -12,46 +12,9 @@ pytest.importorskip("triton")
 CLAIM = """
 import logging, torch, triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from claimed_gpu import Utils, launched, loaded
 
 from minivllm.engine.compile_ahead import compile_ahead
-
-launched, loaded = [], []
-
-
-class Launcher:
-    def __init__(self, source, metadata):
-        self.name = source.name
-
-    def __call__(self, *arguments):
-        launched.append(self.name)
-
-
-class Utils:
-    def load_binary(self, name, *arguments):
-        loaded.append(name)
-        return 1, 2, 0, 0, 1024
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448}
-
-
-class Claimed:
-    launcher_cls = Launcher
-    utils = Utils()
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-
-driver.set_active(Claimed())
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -55,8 +55,6 @@ COMPILE = """
 import json, re, sys
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 try:
     assert knobs.nvidia.ptxas.path
@@ -64,41 +62,10 @@ except Exception as error:
     print(json.dumps({"missing": f"{type(error).__name__}: {error}"}))
     sys.exit()
 
+import claimed_gpu
 from minivllm.engine.compile_ahead import compile_ahead
 from minivllm.engine.skinny_hopper_kernels import hopper_product, hopper_product_kernel
 
-
-class Launcher:
-    def __init__(self, source, metadata):
-        pass
-
-    def __call__(self, *arguments):
-        raise AssertionError("there is nothing to launch on")
-
-
-class Utils:
-    def load_binary(self, *arguments):
-        return 1, 2, 0, 0, 1024
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 227 << 10}
-
-
-class Claimed:
-    launcher_cls = Launcher
-    utils = Utils()
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-
-driver.set_active(Claimed())
 EVENTS = {
     "bar.sync": "barrier",
     "barrier.sync": "barrier",
@@ -121,6 +88,7 @@ for name, (rows, size, parts, silu, dtype, stages) in json.loads(sys.argv[1]).it
     options = {"silu": silu, "squares": squares, "stages": stages, "dependent": True}
     launch = lambda: hopper_product(weight, x, out, **options)
     assert compile_ahead(launch) == 1, f"{name}: not compiled, the warnings say why"
+    assert not claimed_gpu.launched
     compiled = list(hopper_product_kernel.device_caches[0][0].values())[-1]
     lines = [line.split("//")[0] for line in compiled.asm["ptx"].splitlines()]
     events = [EVENTS[found[0]] for line in lines if (found := PATTERN.search(line))]

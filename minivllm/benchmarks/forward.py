@@ -4,8 +4,8 @@ Decode steps are those of the usual throughput workload: after so many steps, wh
 served, with the context it has then; each captured in a CUDA graph, token ids to logits. Prompts
 are as many of the workload's first ones as a step takes, without a graph, so the host's time to
 launch them is measured too. ``--try`` adds variants of the chain's tuning, as in ``skinny.py``.
-Weights, keys and values are random, made on the device. The logits of
-the forms are compared with those of the plain model.
+Weights, keys and values are random, made on the device. The logits of the forms are compared with
+those of the plain model.
 """
 
 from __future__ import annotations
@@ -22,14 +22,9 @@ import torch
 from minivllm.attention.paged import PagedBatch, PagedKVCache
 from minivllm.attention.paged_triton import TritonAttention
 from minivllm.benchmarks import harness
+from minivllm.benchmarks.decode_steps import BLOCK_SIZE, SHAPES, model_config, random_model
 from minivllm.benchmarks.report import write_report
-from minivllm.benchmarks.skinny import (
-    BLOCK_SIZE,
-    SHAPES,
-    model_config,
-    parse_tuning,
-    random_model,
-)
+from minivllm.benchmarks.skinny import parse_tuning
 from minivllm.benchmarks.workload import usual_workload
 from minivllm.engine.device_rows import StepInputs
 from minivllm.engine.folded_forward import FoldedForward

@@ -20,6 +20,7 @@ is left to cuBLAS. Each kernel is launched while the one before it still runs (s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -210,11 +211,11 @@ class SkinnyForward(SkinnyLinks):
             total = self._gemv_norm(layer.input_layernorm, stream, qkv, buffers.qkv)
             self._attend(index, attention, tables)
             self._gemv_merge(o, buffers.o_parts, tables)
-            stream = self._stream(stream, total, buffers.o_parts)
+            stream = replace(stream, total=total, parts=buffers.o_parts)
             norm = layer.post_attention_layernorm
             total = self._gemv_norm(norm, stream, gate_up, buffers.act, silu=True)
             self._gemv(down, buffers.act[0], buffers.down_parts)
-            stream = self._stream(stream, total, buffers.down_parts)
+            stream = replace(stream, total=total, parts=buffers.down_parts)
         self._gemv_norm(self.model.model.norm, stream, self.model.lm_head.weight, self.logits)
         return self.logits[0]
 
@@ -236,7 +237,7 @@ class SkinnyForward(SkinnyLinks):
                 q = self._queries(index, attention, tables)
                 attended = attend(index, q).flatten(1)
             self._product(o, attended, buffers.o_parts)
-            stream = self._stream(stream, total, buffers.o_parts)
+            stream = replace(stream, total=total, parts=buffers.o_parts)
             total, late = self._norm(layer.post_attention_layernorm, stream)
             self._product(
                 gate_up,
@@ -247,7 +248,7 @@ class SkinnyForward(SkinnyLinks):
                 **late,
             )
             self._product(down, buffers.act[0], buffers.down_parts)
-            stream = self._stream(stream, total, buffers.down_parts)
+            stream = replace(stream, total=total, parts=buffers.down_parts)
         self._sum_and_norm(self.model.model.norm, stream)
         head = self.model.lm_head.weight
         if tuning.head_block_n:

@@ -245,12 +245,6 @@ class SkinnyLinks:
         )
         return buffers.attended.flatten(1)
 
-    def _stream(self, stream: Stream, total: torch.Tensor, parts: torch.Tensor) -> Stream:
-        """The residual stream ``total``, to which ``parts`` [parts, P, E] will be added."""
-        from minivllm.engine.skinny_gemv_kernels import Stream
-
-        return Stream(total, stream.ids, parts)
-
     def _other_total(self, stream: Stream) -> torch.Tensor:
         # Programs of a kernel read the old sum while one of them writes the new.
         return self.buffers.totals[0 if stream.total is self.buffers.totals[1] else 1]
