@@ -293,11 +293,16 @@ SMALL = ModelConfig.from_hf(
 )
 
 
-@pytest.mark.parametrize(("rows", "most_bytes"), [(1, 0), (2, 1 << 16)])
+@pytest.mark.parametrize(
+    ("rows", "most_bytes", "late"), [(1, 0, False), (2, 1 << 16, False), (1, 1 << 16, True)]
+)
 def test_the_chain_of_small_batches_lets_the_group_add_up(
-    rows: int, most_bytes: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, most_bytes: int, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A group of one that counts: where the chain asks for sums, it also uses them."""
+    """A group of one that counts: where the chain asks for sums, it also uses them.
+
+    late: norms are divided out by the products, as in bfloat16 for wide models.
+    """
     pytest.importorskip("triton")
     from minivllm.attention.paged import PagedKVCache
     from minivllm.attention.paged_triton import triton_runs_on
@@ -328,6 +333,7 @@ def test_the_chain_of_small_batches_lets_the_group_add_up(
     group = ThreadGroup(meeting, 0)
     shard_model(model, SMALL, group)
     forward = SkinnyShard(model, cache, rows, exchange=exchange.Exchange(group))
+    forward.divides_late = late
     torch.testing.assert_close(forward(*step), expected, rtol=1e-5, atol=1e-5)
     assert meeting.num_reductions == 2 * SMALL.num_layers + 1
     monkeypatch.setattr(exchange.Exchange, "sum_parts", lambda self, parts: parts.zero_())
